@@ -1,0 +1,92 @@
+"""The data that moves between the rooms: frozen, almost without behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+
+class Prompt(str):
+    """A prompt is text that also knows which row of its file it came from.
+
+    Attributes:
+        id: integer identity; two prompts with the same text and different ids are different groups.
+        columns: read-only extra columns of the row (`negative_prompt`, `image`, `target`, `reference`, ...).
+    """
+
+    id: int
+    columns: Mapping[str, Any]
+
+    def __new__(cls, text: str, id: int = 0, columns: Mapping[str, Any] | None = None) -> Prompt:
+        prompt = super().__new__(cls, text)
+        prompt.id = int(id)
+        prompt.columns = MappingProxyType(dict(columns or {}))
+        return prompt
+
+    def __reduce__(self):
+        return (Prompt, (str(self), self.id, dict(self.columns)))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of one batch of media.
+
+    Attributes:
+        total: (B,) weighted sum; NaN where a part could not be computed and the policy was `mask`.
+        parts: raw, unweighted scores by reward name, each (B,).
+        failed: how many samples each reward could not score.
+    """
+
+    total: torch.Tensor
+    parts: Mapping[str, torch.Tensor]
+    failed: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One recorded step of a rollout: everything training needs to score it again.
+
+    Attributes:
+        index: position in the sampling grid.
+        timestep: what the pipeline's loop variable was.
+        sigma, sigma_next: noise levels before and after the step, 1 = noise, 0 = data.
+        latents: (B, ...) float32, what entered the step.
+        next_latents: (B, ...) float32, what the step returned.
+        log_prob: (B,) of `next_latents` under the policy that sampled it.
+    """
+
+    index: int
+    timestep: float
+    sigma: float
+    sigma_next: float
+    latents: torch.Tensor
+    next_latents: torch.Tensor
+    log_prob: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What `Policy.rollout` returns.
+
+    Attributes:
+        x0: (B, ...) float32 final latents, as `scheduler.step` last returned them.
+        steps: the recorded stochastic steps, in sampling order; empty for a deterministic plan.
+        sigmas: (num_steps + 1,) the grid that was used, descending to 0.
+    """
+
+    x0: torch.Tensor
+    steps: tuple[StepRecord, ...]
+    sigmas: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preferred and rejected clean latents of the same prompts, both (B, ...)."""
+
+    winners: torch.Tensor
+    losers: torch.Tensor
+    prompts: tuple[Prompt, ...]
