@@ -1,0 +1,189 @@
+"""Tiny pipelines of real diffusers classes, random weights from configs, and what each may be called with.
+
+`ZOO` is the literal table that the conformance tests run on; `own_steps` records what a pipeline's own,
+untouched loop hands to its scheduler. Sizes follow those of diffusers' own tests; nothing is downloaded.
+`python -m tests.policy.zoo` prints the table of pipelines for the README.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+from tests.policy import tiny_image as image
+from tests.policy import tiny_video as video
+
+PROMPTS = ("a red cat", "a blue dog")
+BAD = {"negative_prompt": ["bad quality"] * len(PROMPTS)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pipeline of the zoo.
+
+    Attributes:
+        build: makes the pipeline; every call gives a fresh one with the same weights.
+        call: the pipeline's own keywords that make it small, the same in every variant.
+        variants: further keywords by name; each is compared with the pipeline's own loop.
+        video: decoded media are (B, T, 3, H, W), not (B, 3, H, W).
+        image: conditioned on an image, so the prologue may draw random numbers.
+        scaled: its scheduler scales what the denoiser sees (`scale_model_input`).
+        family: the name in the README's table.
+    """
+
+    build: Callable[[], DiffusionPipeline]
+    family: str
+    call: Mapping[str, Any]
+    variants: Mapping[str, Mapping[str, Any]]
+    video: bool = False
+    image: bool = False
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the pipeline's own loop handed to `scheduler.step`, and what the denoiser was fed.
+
+    Attributes:
+        index: position in the loop.
+        timestep: 0-dimensional, the loop variable.
+        sample: (B, ...) latents before the step.
+        scaled_sample: (B, ...) what `scale_model_input` made of them; equal to `sample` for most schedulers.
+        model_output: (B, ...) after guidance.
+    """
+
+    index: int
+    timestep: torch.Tensor
+    sample: torch.Tensor
+    scaled_sample: torch.Tensor
+    model_output: torch.Tensor
+
+
+CFG = {"guided": {"guidance_scale": 4.0}, "unguided": {"guidance_scale": 1.0}}
+
+ZOO: dict[str, Entry] = {
+    "sd15": Entry(image.sd15, "Stable Diffusion 1.5", {"height": 32, "width": 32}, CFG),
+    "sdxl": Entry(image.sdxl, "Stable Diffusion XL (Euler)", {"height": 32, "width": 32}, CFG, scaled=True),
+    "sd3": Entry(
+        image.sd3,
+        "Stable Diffusion 3",
+        {"height": 32, "width": 32, "max_sequence_length": 8},
+        CFG
+        | {
+            "skip_layers": {
+                "guidance_scale": 4.0,
+                "skip_guidance_layers": [0],
+                "skip_layer_guidance_scale": 2.8,
+                "skip_layer_guidance_start": 0.15,
+                "skip_layer_guidance_stop": 0.55,
+            }
+        },
+    ),
+    "flux": Entry(
+        image.flux,
+        "FLUX.1",
+        {"height": 16, "width": 16, "max_sequence_length": 8},
+        {
+            "embedded": {"guidance_scale": 3.5},
+            "true_cfg": {"guidance_scale": 3.5, "true_cfg_scale": 3.0, **BAD},
+        },
+    ),
+    "qwen_image": Entry(
+        image.qwen_image,
+        "Qwen-Image",
+        {"height": 32, "width": 32, "max_sequence_length": 16},
+        {"guided": {"true_cfg_scale": 4.0, **BAD}, "unguided": {"true_cfg_scale": 1.0}},
+    ),
+    "wan_t2v": Entry(
+        video.wan_t2v,
+        "Wan 2.1 text-to-video",
+        {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 8},
+        CFG,
+        video=True,
+    ),
+}
+
+
+@functools.cache
+def shared(name: str) -> DiffusionPipeline:
+    """The zoo's pipeline `name`, built once a process, for tests that do not change it."""
+    return ZOO[name].build()
+
+
+@contextmanager
+def _recording(scheduler: Any, steps: list[Step]) -> Iterator[None]:
+    """Shadow `step` and `scale_model_input` of one scheduler instance with recorders that call on."""
+    scaled: list[torch.Tensor] = []
+    step = scheduler.step
+    names = ["step"]
+
+    @functools.wraps(step)  # pipelines read the signature of `step` to decide whether to pass eta
+    def record(
+        model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        # batched guidance repeats the rows before they are scaled; the first copy is what belongs to `sample`
+        fed = scaled.pop()[: len(sample)] if scaled else sample
+        seen = [x.detach().clone() for x in (torch.as_tensor(timestep), sample, fed, model_output)]
+        steps.append(Step(len(steps), *seen))
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.step = record
+    if "scale_model_input" in dir(type(scheduler)):
+        scale = scheduler.scale_model_input
+        names.append("scale_model_input")
+
+        @functools.wraps(scale)
+        def keep(sample: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            scaled[:] = [scale(sample, *args, **kwargs)]
+            return scaled[0]
+
+        scheduler.scale_model_input = keep
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(scheduler, name)
+
+
+def own_steps(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str] = PROMPTS,
+    num_steps: int = 10,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    **call: Any,
+) -> list[Step]:
+    """Run the pipeline's own loop with its own scheduler; return what it handed to `step`, in order.
+
+    `seeds` are per-sample generator seeds; without them sample i is seeded with `seed + i`. A pipeline that
+    encodes an image draws from these generators before the loop.
+    """
+    seeds = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
+    generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+    steps: list[Step] = []
+    with _recording(pipe.scheduler, steps), torch.no_grad():
+        pipe(
+            prompt=list(prompts),
+            num_inference_steps=num_steps,
+            generator=generators,
+            output_type="latent",
+            **call,
+        )
+    return steps
+
+
+def cases(names: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(entry, variant) for every variant in the zoo, or of `names` alone."""
+    return [(name, variant) for name in (names or ZOO) for variant in ZOO[name].variants]
+
+
+if __name__ == "__main__":
+    from tests.policy.zoo_table import markdown
+
+    print(markdown())
