@@ -1,1 +1,1 @@
-"""The mathematics of paths, stochastic steps, plans and guidance. Knows torch and nothing else of alignkit but errors."""
+"""The mathematics of paths, stochastic steps, plans and guidance. Knows torch only."""

@@ -1,13 +1,14 @@
 """Rectified flow and variance-preserving diffusion behind one interface.
 
-Both write `x_sigma = alpha(sigma) x0 + sigma eps`, with sigma 1 at noise and 0 at data, so the probability-flow
-velocity is `v = dx/dsigma = alpha_dot x0 + eps`. Solving the two equations for (x0, eps), with
-`D = alpha - sigma alpha_dot`:
+Both write `x_sigma = alpha(sigma) x0 + sigma eps`, with sigma 1 at noise and 0 at data, so the
+probability-flow velocity is `v = dx/dsigma = alpha_dot x0 + eps`. Solving the two equations for (x0, eps),
+with `D = alpha - sigma alpha_dot`:
 
     x0 = (x - sigma v) / D          eps = (alpha v - alpha_dot x) / D          score = -eps / sigma
 
-Rectified flow has D = 1; variance preserving has D = 1 / alpha. Coefficients are computed in float64 from sigma
-(a float32 sigma near 1 loses alpha), tensors in at least float32: half-precision inputs come back as float32.
+Rectified flow has D = 1; variance preserving has D = 1 / alpha. Coefficients are computed in float64 from
+sigma (a float32 sigma near 1 loses alpha), tensors in at least float32: half-precision inputs come back as
+float32.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class RectifiedFlow:
 class VariancePreserving:
     """alpha = sqrt(1 - sigma^2), so alpha_dot = -sigma / alpha and v = (alpha eps - sigma x0) / alpha.
 
-    alpha_dot and v are singular at sigma = 1. `min_alpha` floors alpha there, so that models with zero terminal
-    signal (v-prediction, first sigma exactly 1) keep a finite velocity; the error in x0 is of the order of
-    `min_alpha`, and no other sigma that float32 can hold is touched by the default.
+    alpha_dot and v are singular at sigma = 1. `min_alpha` floors alpha there, so that models with zero
+    terminal signal (v-prediction, first sigma exactly 1) keep a finite velocity; the error in x0 is of the
+    order of `min_alpha`, and no other sigma that float32 can hold is touched by the default.
     """
 
     min_alpha: float = 1e-5
@@ -111,10 +112,11 @@ def determinant(path: Path, sigma: Sigma) -> Tensor:
 
 
 def score_to_velocity_rate(path: Path, sigma: Sigma) -> Tensor:
-    """sigma (1 - sigma alpha_dot / alpha), float64: adding g to the score subtracts rate * g from the velocity.
+    """sigma (1 - sigma alpha_dot / alpha), float64.
 
-    sigma / (1 - sigma) for rectified flow, sigma / alpha^2 for variance preserving; infinite where alpha is 0.
-    Flow-SDE's squared diffusion is level^2 times this rate (Flow-GRPO, 2505.05470; Adjoint Matching at level^2 = 2).
+    Adding g to the score subtracts rate * g from the velocity. sigma / (1 - sigma) for rectified flow, sigma
+    / alpha^2 for variance preserving; infinite where alpha is 0. Flow-SDE's squared diffusion is level^2
+    times this rate (Flow-GRPO, 2505.05470).
     """
     return as_coefficient(sigma) * determinant(path, sigma) / path.alpha(sigma)
 
@@ -155,7 +157,7 @@ def x0_eps_from(
 ) -> tuple[Tensor, Tensor]:
     """(x0_hat, eps_hat), both (B, ...), from what the denoiser returned at `x`.
 
-    Divides by alpha only for `epsilon` (inexact near sigma = 1) and by sigma only for `sample` (inexact near 0).
+    Divides by alpha only for `epsilon` (inexact near sigma 1), by sigma only for `sample` (inexact near 0).
     """
     output, x = at_least_float32(output), at_least_float32(x)
     alpha, level = expand_to(path.alpha(sigma), x), expand_to(sigma, x)
@@ -184,7 +186,7 @@ def velocity_from(path: Path, prediction: Prediction, output: Tensor, x: Tensor,
 
 
 def logit_normal(n: int, mean: float, std: float, rng: torch.Generator) -> Tensor:
-    """(n,) training noise levels in (0, 1), float32 on the generator's device: sigmoid(N(mean, std)), as SD3."""
+    """(n,) training noise levels in (0, 1), float32 on the generator's device: sigmoid(N(mean, std))."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=rng, device=rng.device))
 
 
