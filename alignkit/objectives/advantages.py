@@ -1,0 +1,171 @@
+"""Rewards to advantages, within groups of samples that share a prompt.
+
+NaN marks a reward that could not be computed: it leaves every statistic and gets advantage 0. A group whose
+rewards
+do not differ carries no signal: it is masked and counted, never divided by an epsilon and trained on.
+Standard deviations are of the population (divided by n), as in Flow-GRPO's code. Ranks hold whole groups; for
+`scale="batch"` over several ranks, gather the rewards first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import AlignkitError, RecipeError
+
+Scale = Literal["group", "batch", "none"]
+SCALES: tuple[str, ...] = get_args(Scale)
+
+TOLERANCE = 1e-6
+"""Rewards of one group that lie within this range of each other count as equal."""
+
+
+def group_advantages(
+    rewards: Tensor,
+    groups: Tensor,
+    scale: Scale = "group",
+    eps: float = 1e-4,
+    clip: float | None = None,
+    tolerance: float = TOLERANCE,
+) -> tuple[Tensor, Tensor]:
+    """Rewards centred in their group, `(r - mean) / (std + eps)`.
+
+    Args:
+        rewards: (B,), NaN = not scored.
+        groups: (B,) integer ids; equal ids are one group.
+        scale: whose std divides: the `group`'s (GRPO), the whole `batch`'s (Flow-GRPO), or `none` (only
+            centred).
+        eps: added to the std; it softens small spreads and never decides alone.
+        clip: symmetric bound on the result (published: 5).
+        tolerance: a group whose range is not above this is masked.
+
+    Returns:
+        (B,) advantages, 0 wherever the mask is; (B,) bool mask, True where a sample carries signal.
+    """
+    if scale not in SCALES:
+        raise RecipeError(f"scale={scale!r} is not known; expected one of {', '.join(SCALES)}")
+    values, valid, index, count = _checked(rewards, groups)
+    live = valid & (_group_range(values, valid, index, count) > tolerance)[index]
+    number = _sum_by_group(valid.to(values), index, count).clamp_min(1.0)
+    centred = values - (_sum_by_group(values, index, count) / number)[index]
+    centred = torch.where(valid, centred, 0.0)
+    if scale == "group":
+        std = (_sum_by_group(centred**2, index, count) / number).sqrt()[index]
+        centred = centred / (std + eps)
+    elif scale == "batch" and bool(valid.any()):
+        centred = centred / (values[valid].std(correction=0) + eps)
+    if clip is not None:
+        centred = centred.clamp(-clip, clip)
+    return torch.where(live, centred, 0.0).to(_result_dtype(rewards)), live
+
+
+def per_reward_advantages(
+    parts: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    groups: Tensor,
+    scale: Scale = "group",
+    eps: float = 1e-4,
+    clip: float | None = None,
+    batch_normalise: bool = True,
+    tolerance: float = TOLERANCE,
+) -> tuple[Tensor, Tensor]:
+    """GDPO: each reward becomes an advantage in its group, then the weighted sum is normalised over the
+    batch.
+
+    Rewards on different scales then pull in proportion to their weights. A reward that is NaN for a sample,
+    or flat in a group, contributes 0 there and the others still count.
+
+    Args:
+        parts: raw rewards by name, each (B,).
+        weights: by the same names.
+        batch_normalise: subtract the mean and divide by the std of the live samples at the end.
+
+    Returns:
+        As `group_advantages`; a sample is live if any reward with a non-zero weight is.
+    """
+    if set(parts) != set(weights) or not parts:
+        raise RecipeError(
+            f"rewards {sorted(parts)} and weights {sorted(weights)} must have the same names, at least one"
+        )
+    total = torch.zeros(groups.shape, dtype=torch.float64, device=groups.device)
+    live = torch.zeros(groups.shape, dtype=torch.bool, device=groups.device)
+    for name, weight in weights.items():
+        advantages, part_live = group_advantages(parts[name], groups, scale, eps, None, tolerance)
+        total = total + weight * advantages
+        live = live | (part_live & (weight != 0.0))
+    if batch_normalise and bool(live.any()):
+        kept = total[live]
+        total = (total - kept.mean()) / (kept.std(correction=0) + eps)
+    if clip is not None:
+        total = total.clamp(-clip, clip)
+    dtype = _result_dtype(next(iter(parts.values())))
+    return torch.where(live, total, 0.0).to(dtype), live
+
+
+def quasi_norm(advantages: Tensor, groups: Tensor, p: float = 0.8) -> Tensor:
+    """(B,) centred advantages divided by their group's `(sum |A|^p)^(1/p)` (Neighbor GRPO, 2511.16955).
+
+    p = 2 leads to an "average face", 0.8 generalised best. A group of zeros stays zero.
+    """
+    values, _, index, count = _checked(advantages, groups)
+    norm = _sum_by_group(values.abs() ** p, index, count) ** (1.0 / p)
+    norm = torch.where(norm > 0, norm, 1.0)[index]
+    return (values / norm).to(_result_dtype(advantages))
+
+
+def group_statistics(rewards: Tensor, groups: Tensor, tolerance: float = TOLERANCE) -> dict[str, float]:
+    """How much signal a batch of rewards (B,) in `groups` (B,) carries, for the log.
+
+    Returns:
+        `groups`: how many; `zero_std_fraction`: share of groups without signal; `valid_fraction`: share of
+        samples that were scored; `group_std`: mean std within the groups that have a scored sample.
+    """
+    values, valid, index, count = _checked(rewards, groups)
+    number = _sum_by_group(valid.to(values), index, count)
+    safe = number.clamp_min(1.0)
+    centred = torch.where(valid, values - (_sum_by_group(values, index, count) / safe)[index], 0.0)
+    std = (_sum_by_group(centred**2, index, count) / safe).sqrt()
+    flat = _group_range(values, valid, index, count) <= tolerance
+    scored = number > 0
+    return {
+        "groups": float(count),
+        "zero_std_fraction": float(flat.double().mean()),
+        "valid_fraction": float(valid.double().mean()),
+        "group_std": float(std[scored].mean()) if bool(scored.any()) else 0.0,
+    }
+
+
+def _checked(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Float64 rewards with 0 for NaN, validity, each sample's group as 0..count-1, count."""
+    if rewards.ndim != 1 or rewards.shape != groups.shape or rewards.numel() == 0:
+        raise AlignkitError(
+            f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must both be (B,), B at least 1"
+        )
+    if groups.is_floating_point() or groups.dtype == torch.bool:
+        raise AlignkitError(f"groups are integer ids, not {groups.dtype}")
+    if bool(rewards.isinf().any()):
+        raise AlignkitError("a reward is infinite; expected a number, or NaN for one not computed")
+    values = rewards.detach().to(torch.float64)
+    valid = ~values.isnan()
+    ids, index = torch.unique(groups, return_inverse=True)
+    return torch.where(valid, values, 0.0), valid, index, int(ids.numel())
+
+
+def _sum_by_group(values: Tensor, index: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, index, values)
+
+
+def _group_range(values: Tensor, valid: Tensor, index: Tensor, count: int) -> Tensor:
+    """(count,) largest minus smallest valid value; -inf in a group without one."""
+    empty = torch.full((count,), -torch.inf, dtype=values.dtype, device=values.device)
+    high = empty.scatter_reduce(0, index, torch.where(valid, values, -torch.inf), "amax")
+    negated = empty.scatter_reduce(0, index, torch.where(valid, -values, -torch.inf), "amax")
+    return high + negated
+
+
+def _result_dtype(rewards: Tensor) -> torch.dtype:
+    return torch.float64 if rewards.dtype == torch.float64 else torch.float32
