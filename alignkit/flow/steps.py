@@ -39,16 +39,6 @@ class StepCoefficients:
     velocity: Tensor
     std: Tensor
 
-    @property
-    def log_prob_sensitivity(self) -> Tensor:
-        """|d log_prob / d v| for unit noise |z| = 1, summed log-probability: |d mean / d v| / std.
-
-        For Flow-SDE and Dance-SDE on rectified flow this is
-        sqrt(-dt) / g + g sqrt(-dt) (1 - sigma) / (2 sigma), what Flash-GRPO (2605.15980) divides by.
-        Infinite for a step without noise.
-        """
-        return self.velocity.abs() / self.std
-
 
 StepRule = Callable[[Path, Sigma, Sigma, float, Sigma], StepCoefficients]
 """(path, sigma, sigma_next, level, sigma_max) -> coefficients; a rule ignores what its formula lacks."""

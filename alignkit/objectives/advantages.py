@@ -1,10 +1,10 @@
 """Rewards to advantages, within groups of samples that share a prompt.
 
 NaN marks a reward that could not be computed: it leaves every statistic and gets advantage 0. A group whose
-rewards
-do not differ carries no signal: it is masked and counted, never divided by an epsilon and trained on.
+rewards do not differ carries no signal: it is masked and counted, never divided by an epsilon and trained on.
 Standard deviations are of the population (divided by n), as in Flow-GRPO's code. Ranks hold whole groups; for
-`scale="batch"` over several ranks, gather the rewards first.
+`scale="batch"` over several ranks, gather the rewards first. Everything is computed in float64 on the CPU and
+returned on the device of the rewards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Scale = Literal["group", "batch", "none"]
 SCALES: tuple[str, ...] = get_args(Scale)
 
 TOLERANCE = 1e-6
-"""Rewards of one group that lie within this range of each other count as equal."""
+"""Rewards of one group within this range of each other, relative to the largest above 1, count as equal."""
 
 
 def group_advantages(
@@ -37,11 +37,10 @@ def group_advantages(
     Args:
         rewards: (B,), NaN = not scored.
         groups: (B,) integer ids; equal ids are one group.
-        scale: whose std divides: the `group`'s (GRPO), the whole `batch`'s (Flow-GRPO), or `none` (only
-            centred).
+        scale: whose std divides: the `group`'s (GRPO), the `batch`'s (Flow-GRPO), or `none` (only centred).
         eps: added to the std; it softens small spreads and never decides alone.
         clip: symmetric bound on the result (published: 5).
-        tolerance: a group whose range is not above this is masked.
+        tolerance: see `TOLERANCE`; a group of equal rewards is masked.
 
     Returns:
         (B,) advantages, 0 wherever the mask is; (B,) bool mask, True where a sample carries signal.
@@ -49,7 +48,7 @@ def group_advantages(
     if scale not in SCALES:
         raise RecipeError(f"scale={scale!r} is not known; expected one of {', '.join(SCALES)}")
     values, valid, index, count = _checked(rewards, groups)
-    live = valid & (_group_range(values, valid, index, count) > tolerance)[index]
+    live = valid & ~_flat_groups(values, valid, index, count, tolerance)[index]
     number = _sum_by_group(valid.to(values), index, count).clamp_min(1.0)
     centred = values - (_sum_by_group(values, index, count) / number)[index]
     centred = torch.where(valid, centred, 0.0)
@@ -60,7 +59,8 @@ def group_advantages(
         centred = centred / (values[valid].std(correction=0) + eps)
     if clip is not None:
         centred = centred.clamp(-clip, clip)
-    return torch.where(live, centred, 0.0).to(_result_dtype(rewards)), live
+    advantages = torch.where(live, centred, 0.0)
+    return _like(rewards, advantages), live.to(rewards.device)
 
 
 def per_reward_advantages(
@@ -91,19 +91,21 @@ def per_reward_advantages(
         raise RecipeError(
             f"rewards {sorted(parts)} and weights {sorted(weights)} must have the same names, at least one"
         )
-    total = torch.zeros(groups.shape, dtype=torch.float64, device=groups.device)
-    live = torch.zeros(groups.shape, dtype=torch.bool, device=groups.device)
+    total = torch.zeros(groups.shape, dtype=torch.float64)
+    live = torch.zeros(groups.shape, dtype=torch.bool)
     for name, weight in weights.items():
-        advantages, part_live = group_advantages(parts[name], groups, scale, eps, None, tolerance)
+        rewards = parts[name].detach().to("cpu", torch.float64)
+        advantages, part_live = group_advantages(rewards, groups, scale, eps, None, tolerance)
         total = total + weight * advantages
-        live = live | (part_live & (weight != 0.0))
+        if weight != 0.0:
+            live = live | part_live
     if batch_normalise and bool(live.any()):
         kept = total[live]
         total = (total - kept.mean()) / (kept.std(correction=0) + eps)
     if clip is not None:
         total = total.clamp(-clip, clip)
-    dtype = _result_dtype(next(iter(parts.values())))
-    return torch.where(live, total, 0.0).to(dtype), live
+    first = next(iter(parts.values()))
+    return _like(first, torch.where(live, total, 0.0)), live.to(first.device)
 
 
 def quasi_norm(advantages: Tensor, groups: Tensor, p: float = 0.8) -> Tensor:
@@ -114,7 +116,7 @@ def quasi_norm(advantages: Tensor, groups: Tensor, p: float = 0.8) -> Tensor:
     values, _, index, count = _checked(advantages, groups)
     norm = _sum_by_group(values.abs() ** p, index, count) ** (1.0 / p)
     norm = torch.where(norm > 0, norm, 1.0)[index]
-    return (values / norm).to(_result_dtype(advantages))
+    return _like(advantages, values / norm)
 
 
 def group_statistics(rewards: Tensor, groups: Tensor, tolerance: float = TOLERANCE) -> dict[str, float]:
@@ -129,7 +131,7 @@ def group_statistics(rewards: Tensor, groups: Tensor, tolerance: float = TOLERAN
     safe = number.clamp_min(1.0)
     centred = torch.where(valid, values - (_sum_by_group(values, index, count) / safe)[index], 0.0)
     std = (_sum_by_group(centred**2, index, count) / safe).sqrt()
-    flat = _group_range(values, valid, index, count) <= tolerance
+    flat = _flat_groups(values, valid, index, count, tolerance)
     scored = number > 0
     return {
         "groups": float(count),
@@ -149,23 +151,27 @@ def _checked(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, i
         raise AlignkitError(f"groups are integer ids, not {groups.dtype}")
     if bool(rewards.isinf().any()):
         raise AlignkitError("a reward is infinite; expected a number, or NaN for one not computed")
-    values = rewards.detach().to(torch.float64)
+    values = rewards.detach().to("cpu", torch.float64)
     valid = ~values.isnan()
-    ids, index = torch.unique(groups, return_inverse=True)
+    ids, index = torch.unique(groups.to("cpu"), return_inverse=True)
     return torch.where(valid, values, 0.0), valid, index, int(ids.numel())
 
 
 def _sum_by_group(values: Tensor, index: Tensor, count: int) -> Tensor:
-    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, index, values)
+    return torch.zeros(count, dtype=values.dtype).index_add(0, index, values)
 
 
-def _group_range(values: Tensor, valid: Tensor, index: Tensor, count: int) -> Tensor:
-    """(count,) largest minus smallest valid value; -inf in a group without one."""
-    empty = torch.full((count,), -torch.inf, dtype=values.dtype, device=values.device)
+def _flat_groups(values: Tensor, valid: Tensor, index: Tensor, count: int, tolerance: float) -> Tensor:
+    """(count,) bool: the group's valid rewards are all equal, or it has none."""
+    empty = torch.full((count,), -torch.inf, dtype=values.dtype)
     high = empty.scatter_reduce(0, index, torch.where(valid, values, -torch.inf), "amax")
     negated = empty.scatter_reduce(0, index, torch.where(valid, -values, -torch.inf), "amax")
-    return high + negated
+    # Relative to |r|, so that rounding does not tell float32 rewards near 26 apart.
+    largest = torch.maximum(high, negated)
+    return high + negated <= tolerance * largest.clamp_min(1.0)
 
 
-def _result_dtype(rewards: Tensor) -> torch.dtype:
-    return torch.float64 if rewards.dtype == torch.float64 else torch.float32
+def _like(rewards: Tensor, values: Tensor) -> Tensor:
+    """`values` on the device of `rewards`, float32 unless `rewards` are float64."""
+    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return values.to(rewards.device, dtype)

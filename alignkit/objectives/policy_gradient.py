@@ -1,13 +1,13 @@
-"""The clipped policy-gradient loss of one stochastic step, its ratio, and what to watch. Everything is per
-sample."""
+"""The clipped policy-gradient loss of one stochastic step, its ratio, and what to watch."""
 
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from alignkit.errors import AlignkitError, RecipeError
+from alignkit.flow.steps import StepCoefficients
+from alignkit.flow.transition import reduce_positions
 
 
 def clipped_objective(
@@ -20,11 +20,11 @@ def clipped_objective(
     """PPO's loss `max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip_high))`, to be minimised.
 
     Args:
-        log_prob, old_log_prob: (B,) of the same latents, reduced the same way; the mean over dimensions
-        wants clips
-            of 1e-5 to 1e-3, the sum 0.2.
+        log_prob, old_log_prob: (B,) of the same latents, reduced the same way.
         advantages: (B,).
-        clip_high: upper width when it differs.
+        clip: half-width of the trusted range; 1e-5 to 1e-3 when log-probabilities are averaged over
+            dimensions and 0.2 when summed.
+        clip_high: upper half-width when it differs.
 
     Returns:
         (B,) loss and (B,) ratio.
@@ -68,20 +68,15 @@ def ratio_norm(
         raise AlignkitError(
             f"std of shape {tuple(width.shape)} must be one number or {tuple(log_prob.shape)}"
         )
-    squared = rearrange((mean - old_mean) ** 2, "b ... -> b (...)")
-    if mask is None:
-        squared_mean = squared.mean(dim=1)
-    else:
-        free = rearrange(mask.to(squared).expand_as(mean), "b ... -> b (...)")
-        squared_mean = (squared * free).sum(dim=1) / free.sum(dim=1)
-    return ((log_prob - old_log_prob + squared_mean / (2.0 * width**2)) * width).exp()
+    drift = reduce_positions((mean - old_mean) ** 2, mask, "mean") / (2.0 * width**2)
+    return ((log_prob - old_log_prob + drift) * width).exp()
 
 
 def clip_fractions(
     ratio: Tensor, clip: float, clip_high: float | None = None, live: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Shares of the (live) samples whose ratio (B,) lies below and above the clip range; very unequal is a
-    symptom."""
+    """Shares of the live samples whose ratio (B,) is below, and above, the clip range; they should be
+    alike."""
     low, high = _bounds(clip, clip_high)
     live = torch.ones_like(ratio, dtype=torch.bool) if live is None else live
     return masked_mean((ratio < low).to(ratio), live), masked_mean((ratio > high).to(ratio), live)
@@ -101,13 +96,14 @@ def masked_mean(values: Tensor, live: Tensor, denominator: float | Tensor | None
     return total / denominator
 
 
-def log_prob_sensitivity(velocity_coefficient: Tensor, std: Tensor) -> Tensor:
-    """|d log_prob / d v| for unit noise: `|d mean / d v| / std`, any shape.
+def log_prob_sensitivity(step: StepCoefficients) -> Tensor:
+    """|d log_prob / d v| of one dimension for noise |z| = 1, `|d mean / d v| / std`; 0-d or (B,).
 
-    Both numbers come from a step's coefficients. Under Flow-SDE on rectified flow, with std = eta sqrt(-dt),
-    it equals `sqrt(-dt) / eta + eta sqrt(-dt) (1 - sigma) / (2 sigma)` (Flash-GRPO, 2605.15980).
+    `step` is `noise.coefficients(path, sigma, sigma_next, sigma_max)`. For Flow-SDE and Dance-SDE on
+    rectified flow, with std = g sqrt(-dt), this is `sqrt(-dt) / g + g sqrt(-dt) (1 - sigma) / (2 sigma)`
+    (Flash-GRPO, 2605.15980). Infinite for a step without noise.
     """
-    return velocity_coefficient.abs() / std
+    return step.velocity.abs() / step.std
 
 
 def flash_weights(sensitivity: Tensor) -> Tensor:
