@@ -1,1 +1,1 @@
-"""Advantages and losses: pure functions on tensors. Knows torch only."""
+"""Advantages and losses: pure functions on tensors. Knows torch and `flow`."""
