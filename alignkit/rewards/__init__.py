@@ -1,0 +1,27 @@
+"""Rewards: what they are (`base`), how they are found (`loading`), how they are combined (`combine`)."""
+
+from alignkit.rewards.base import BrokenContract, Evaluation, Reward, RewardFailure, evaluate
+from alignkit.rewards.combine import PerFrameMean, Weighted, in_micro_batches
+from alignkit.rewards.functions import as_reward
+from alignkit.rewards.loading import describe, load, load_file, status
+from alignkit.rewards.probe import Probe, probe
+from alignkit.rewards.table import TABLE
+
+__all__ = [
+    "TABLE",
+    "load",
+    "load_file",
+    "status",
+    "describe",
+    "Reward",
+    "RewardFailure",
+    "BrokenContract",
+    "as_reward",
+    "evaluate",
+    "Evaluation",
+    "probe",
+    "Probe",
+    "Weighted",
+    "PerFrameMean",
+    "in_micro_batches",
+]

@@ -1,0 +1,222 @@
+"""Rewards made of rewards: a weighted sum with a failure policy, and the mean over a video's frames."""
+
+from __future__ import annotations
+
+import logging
+import math
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange, reduce
+
+from alignkit.errors import RecipeError
+from alignkit.rewards.base import (
+    ChecksPrompts,
+    Evaluation,
+    Reward,
+    RewardFailure,
+    as_prompts,
+    evaluate,
+)
+from alignkit.rewards.deadline import deadline
+from alignkit.rewards.loading import describe, load
+from alignkit.types import Prompt, Scores
+
+log = logging.getLogger("alignkit.rewards")
+
+Spec = str | Callable[..., Any]
+
+
+class Weighted:
+    """A weighted sum of rewards that keeps the raw parts. It returns `Scores`.
+
+    A part with weight 0 is computed and reported and has no say in the total. A sample to which a reward
+    does not apply (`None` in TRL's style) gets its total from the others; NaN if none applies.
+
+    Args:
+        rewards: {spec or callable: weight}, or one spec or callable with weight 1.
+        on_error: "raise" stops with a RewardError that names the reward and the prompt; "mask" makes the
+            score and the total of these samples NaN and counts them. A failure is never a score of 0.
+            A broken contract (wrong shape, changed media, wrong kind) always stops.
+        timeout: seconds that one call of one reward may take; then it counts as failed. See `deadline`.
+
+    Attributes:
+        rewards, weights: by reward name.
+        failed: how many samples each reward has failed on so far.
+        tracebacks: the last failure of each reward that failed.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[Any, float] | Spec,
+        on_error: str = "raise",
+        timeout: float | None = None,
+    ) -> None:
+        if on_error not in ("raise", "mask"):
+            raise RecipeError(f"on_error={on_error!r}; choose 'raise' (stop) or 'mask' (NaN, counted)")
+        weights = rewards if isinstance(rewards, Mapping) else {rewards: 1.0}
+        if not weights:
+            raise RecipeError("no rewards given; expected at least one, e.g. {'ocr': 1.0}")
+        self.on_error = on_error
+        self.timeout = timeout
+        self.rewards: dict[str, Reward] = {}
+        self.weights: dict[str, float] = {}
+        for spec, weight in weights.items():
+            self._add(load(spec), weight)
+        self.failed: dict[str, int] = dict.fromkeys(self.rewards, 0)
+        self.tracebacks: dict[str, str] = {}
+
+    def _add(self, reward: Reward, weight: float) -> None:
+        if reward.name in self.rewards:
+            raise RecipeError(f"two rewards are called {reward.name!r}; give one of them another `name`")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise RecipeError(f"the weight of reward {reward.name!r} is {weight!r}; expected a finite number")
+        self.rewards[reward.name] = reward
+        self.weights[reward.name] = float(weight)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether every part that has a say in the total gives gradients."""
+        return all(reward.differentiable for name, reward in self.rewards.items() if self.weights[name] != 0)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises RewardError before any image is made if a prompt lacks what a reward needs of it."""
+        for reward in self.rewards.values():
+            if isinstance(reward, ChecksPrompts):
+                reward.check_prompts(as_prompts(prompts))
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON record of the parts, their weights and the failure policy."""
+        parts = [{**describe(reward), "weight": self.weights[name]} for name, reward in self.rewards.items()]
+        return {"on_error": self.on_error, "timeout": self.timeout, "rewards": parts}
+
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str]) -> Scores:
+        """Scores of one batch.
+
+        Args:
+            media: (B, 3, H, W) or (B, T, 3, H, W), float in [0, 1].
+            prompts: B prompts.
+
+        Raises:
+            RewardError: see `on_error`.
+        """
+        known = as_prompts(prompts)
+        before = dict(self.failed)
+        parts = {name: self._evaluate(reward, media, known) for name, reward in self.rewards.items()}
+        return Scores(
+            total=weighted_total(parts, self.weights),
+            parts={name: part.scores for name, part in parts.items()},
+            failed={name: count - before[name] for name, count in self.failed.items()},
+        )
+
+    def _evaluate(self, reward: Reward, media: torch.Tensor, prompts: list[Prompt]) -> Evaluation:
+        try:
+            evaluation = self._within_deadline(reward, media, prompts)
+        except RewardFailure as failure:
+            if self.on_error == "raise":
+                raise
+            nothing = torch.full((len(prompts),), math.nan, device=media.device)
+            evaluation = Evaluation(nothing, torch.ones_like(nothing, dtype=torch.bool))
+            self._record(reward.name, "".join(traceback.format_exception(failure)))
+        failed = evaluation.failed
+        if not failed.any():
+            return evaluation
+        index = int(failed.nonzero()[0, 0])
+        prompt = prompts[index]
+        found = f"{evaluation.scores[index].item()} for sample {index}, prompt {prompt.id} {str(prompt)!r}"
+        if self.on_error == "raise":
+            raise RewardFailure(
+                f"reward {reward.name!r} returned {found}; expected a finite number. Repair the reward, or "
+                "choose on_error='mask' to leave such samples out"
+            )
+        self.failed[reward.name] += int(failed.sum())
+        if reward.name not in self.tracebacks:
+            self._record(reward.name, f"returned {found}")
+        return Evaluation(evaluation.scores.masked_fill(failed, math.nan), evaluation.applicable)
+
+    def _within_deadline(self, reward: Reward, media: torch.Tensor, prompts: list[Prompt]) -> Evaluation:
+        try:
+            with deadline(self.timeout):
+                return evaluate(reward, media, prompts)
+        except TimeoutError as error:
+            shown = ", ".join(str(prompt.id) for prompt in prompts[:8])
+            raise RewardFailure(f"reward {reward.name!r}, prompts {shown}: {error}") from error
+
+    def _record(self, name: str, reason: str) -> None:
+        if name not in self.tracebacks:
+            log.warning(
+                "reward %r failed; its samples are left out (said once per reward):\n%s", name, reason
+            )
+        self.tracebacks[name] = reason
+
+
+def weighted_total(parts: Mapping[str, Evaluation], weights: Mapping[str, float]) -> torch.Tensor:
+    """(B,) sum of weight * score over the parts that apply; NaN where one of them failed or none applies."""
+    counted = [name for name in parts if weights[name] != 0]
+    # Only weights of 0: nothing is optimised, so the total is 0 and not NaN.
+    total = torch.zeros_like(next(iter(parts.values())).scores)
+    if not counted:
+        return total
+    for name in counted:
+        part = parts[name]
+        total = total + torch.where(part.applicable, weights[name] * part.scores, 0.0)
+    applies = torch.stack([parts[name].applicable for name in counted]).any(dim=0)
+    return total.masked_fill(~applies, math.nan)
+
+
+def in_micro_batches(
+    rewards: Weighted, media: torch.Tensor, prompts: Sequence[str], micro_batch: int | None = None
+) -> Scores:
+    """The scores of a large batch, computed `micro_batch` samples at a time (None: all at once)."""
+    known = as_prompts(prompts)
+    if micro_batch is not None and micro_batch < 1:
+        raise RecipeError(f"micro_batch={micro_batch}; expected at least 1, or None for all at once")
+    size = micro_batch or max(len(known), 1)
+    if len(known) <= size:
+        return rewards(media, known)
+    done = [rewards(part, known[i * size : (i + 1) * size]) for i, part in enumerate(media.split(size))]
+    return Scores(
+        total=torch.cat([scores.total for scores in done]),
+        parts={name: torch.cat([scores.parts[name] for scores in done]) for name in rewards.rewards},
+        failed={name: sum(scores.failed[name] for scores in done) for name in rewards.rewards},
+    )
+
+
+class PerFrameMean:
+    """An image reward as a video reward: its mean over the frames to which it applies."""
+
+    kind = "video"
+
+    def __init__(self, reward: Spec) -> None:
+        self.reward = load(reward)
+        if self.reward.kind != "image":
+            raise RecipeError(
+                f"PerFrameMean needs an image reward; {self.reward.name!r} scores {self.reward.kind} media"
+            )
+        self.name = f"{self.reward.name}_per_frame"
+        self.differentiable = self.reward.differentiable
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """As the image reward's."""
+        if isinstance(self.reward, ChecksPrompts):
+            self.reward.check_prompts(prompts)
+
+    def describe(self) -> dict[str, Any]:
+        """What the frames are scored by."""
+        return {"per_frame": describe(self.reward)}
+
+    def raw(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> Evaluation:
+        """The mean of (B, T) scores; a frame that failed makes its video fail."""
+        frames = rearrange(media, "b t c h w -> (b t) c h w")
+        repeated = [prompt for prompt in prompts for _ in range(media.shape[1])]
+        evaluation = evaluate(self.reward, frames, repeated)
+        applicable = rearrange(evaluation.applicable, "(b t) -> b t", t=media.shape[1])
+        scores = rearrange(evaluation.scores, "(b t) -> b t", t=media.shape[1])
+        total = reduce(torch.where(applicable, scores, 0.0), "b t -> b", "sum")
+        return Evaluation(total / applicable.sum(dim=1), applicable.any(dim=1))
+
+    def __call__(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """(B,) for (B, T, 3, H, W)."""
+        return evaluate(self, media, prompts).scores

@@ -1,0 +1,162 @@
+"""From a name, a module or a file to a reward, and from a reward to the record that names it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+from rapidfuzz import process
+
+from alignkit.errors import AlignkitError, RecipeError
+from alignkit.rewards.base import Reward
+from alignkit.rewards.functions import FunctionReward, as_reward
+from alignkit.rewards.table import TABLE
+
+_FILE_MODULE = "alignkit_file_"
+
+
+@runtime_checkable
+class DescribesItself(Protocol):
+    """A reward that has more to record than its name: engine, version, options."""
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
+    """The reward that `spec` names.
+
+    Args:
+        spec: a name of `TABLE`; `package.module:Name`; `path/file.py:name`, which runs the file; or a
+            callable.
+        options: arguments of the class that is named.
+
+    Raises:
+        RecipeError: nothing is there (names the nearest), or it cannot be made with these options.
+    """
+    target = find(spec) if isinstance(spec, str) else spec
+    if inspect.isclass(target):
+        target = _make(spec, target, options)
+    elif options:
+        raise RecipeError(
+            f"reward {spec!r} is no class and takes no options, given {', '.join(options)}; "
+            "make it a class whose __init__ takes them"
+        )
+    return as_reward(target)
+
+
+def _make(spec: Any, target: type, options: dict[str, Any]) -> Any:
+    try:
+        inspect.signature(target).bind(**options)
+    except TypeError as error:
+        raise RecipeError(
+            f"reward {spec!r} cannot be made with {options}: {error}; it takes "
+            f"{target.__name__}{inspect.signature(target)}"
+        ) from error
+    return target(**options)
+
+
+def find(spec: str) -> Any:
+    """The object behind a spec, before it is made a reward. Raises RecipeError where there is none."""
+    place, colon, name = TABLE.get(spec, spec).rpartition(":")
+    if not colon:
+        if spec.endswith(".py"):
+            raise RecipeError(f"reward {spec!r} names a file but nothing in it; write {spec}:name")
+        raise RecipeError(
+            f"there is no reward {spec!r}{_nearest(spec, list(TABLE))}; or give "
+            f"'package.module:Name' or 'path/file.py:name'. Known: {', '.join(TABLE)}"
+        )
+    module = load_file(Path(place)) if place.endswith(".py") else _import(spec, place)
+    if name not in vars(module):
+        own = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise RecipeError(f"reward {spec!r}: {place} has no {name!r}{_nearest(name, own)}")
+    return vars(module)[name]
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    best = process.extractOne(name, known, score_cutoff=60)
+    return f"; did you mean {best[0]!r}?" if best else ""
+
+
+def _import(spec: str, module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        missing = error.name or module
+        raise RecipeError(
+            f"reward {spec!r} cannot be imported, {missing} is missing: {error}. Install it, "
+            "or for a file of yours write path/file.py:name"
+        ) from error
+
+
+def load_file(path: Path) -> ModuleType:
+    """Run a Python file and return it as a module; the same content of the same file is run once.
+
+    Raises:
+        RecipeError: there is no such file, or it raises while it runs.
+    """
+    if not path.is_file():
+        raise RecipeError(f"there is no file {path} (looked from {Path.cwd()})")
+    digest = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()
+    name = f"{_FILE_MODULE}{path.stem}_{digest[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    specification = importlib.util.spec_from_file_location(name, path.resolve())
+    if specification is None or specification.loader is None:
+        raise RecipeError(f"{path} cannot be loaded as a Python file")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # dataclasses and pickle look their module up by name
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:  # a user's file may raise anything
+        del sys.modules[name]
+        raise RecipeError(f"{path} fails while it runs: {type(error).__name__}: {error}") from error
+    return module
+
+
+def describe(reward: Reward) -> dict[str, Any]:
+    """A JSON record of a reward: name, kind, spec, what it says of itself, and for code of the user's the "
+    "file's hash."""
+    code = reward.function if isinstance(reward, FunctionReward) else reward
+    owner = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
+    record: dict[str, Any] = {
+        "name": reward.name,
+        "kind": reward.kind,
+        "differentiable": reward.differentiable,
+        "spec": f"{owner.__module__}:{owner.__qualname__}",
+    }
+    if owner.__module__.split(".")[0] != "alignkit":
+        record.update(_source(owner, record["spec"]))
+    if isinstance(reward, DescribesItself):
+        record.update(reward.describe())
+    return record
+
+
+def _source(owner: Any, spec: str) -> dict[str, str]:
+    module = sys.modules.get(owner.__module__)
+    found = None if module is None else vars(module).get("__file__")
+    if found is None or not Path(found).is_file():
+        return {"file": "", "sha256": ""}  # typed into an interpreter, or written in C
+    digest = hashlib.sha256(Path(found).read_bytes()).hexdigest()
+    if owner.__module__.startswith(_FILE_MODULE):
+        spec = f"{found}:{owner.__qualname__}"
+    return {"spec": spec, "file": str(found), "sha256": digest}
+
+
+def status() -> dict[str, str]:
+    """For every name of `TABLE`: "ready", or in a sentence why it cannot be loaded here."""
+    found: dict[str, str] = {}
+    for name in TABLE:
+        try:
+            load(name)
+        except AlignkitError as error:
+            found[name] = str(error)
+        else:
+            found[name] = "ready"
+    return found
