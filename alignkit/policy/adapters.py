@@ -1,0 +1,332 @@
+"""Trained, reference, old and EMA weights on one base.
+
+With LoRA they are adapters: nothing of the base is copied, and switching sets which adapters a layer adds, without
+touching `requires_grad` (peft's own switches do). With full fine-tuning they are copies of the denoiser's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from alignkit.errors import PolicyError, RecipeError
+
+TRAINED = "alignkit"
+COMPANIONS = {"old": "alignkit_old", "ema": "alignkit_ema"}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on the denoisers.
+
+    Attributes:
+        rank: of each adapter.
+        alpha: the update is scaled by alpha / rank.
+        targets: "attention" (every linear layer inside attention), "all" (every linear layer), or a tuple of
+            module-name endings such as ("to_q", "to_k").
+        seed: of the adapters' initial values.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str | tuple[str, ...] = "attention"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Full:
+    """All denoiser weights are trained; the reference is a frozen copy of them."""
+
+
+class Weights(Protocol):
+    """What a policy asks of its weights."""
+
+    def parameters(self) -> list[nn.Parameter]: ...
+
+    def using(self, name: str) -> Any: ...
+
+    def snapshot(self, name: str, decay: float) -> None: ...
+
+    def state(self) -> dict[str, torch.Tensor]: ...
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's denoising networks by component name (both experts where there are two)."""
+    homes = ("diffusers.models.transformers", "diffusers.models.unets")
+    parts = {n: p for n, p in vars(pipe).items() if isinstance(p, nn.Module)}
+    found = {n: p for n, p in parts.items() if type(p).__module__.startswith(homes)}
+    if not found:
+        raise PolicyError(
+            f"{type(pipe).__name__} has no component from diffusers.models.transformers or diffusers.models.unets "
+            f"(components: {', '.join(parts)}), so there is nothing to train"
+        )
+    return found
+
+
+def linear_targets(module: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
+    """Names of the linear layers that `targets` means in `module`.
+
+    Raises:
+        RecipeError: none matches.
+    """
+    linear = [n for n, layer in module.named_modules() if isinstance(layer, nn.Linear) and "lora_" not in n]
+    linear = [n.removesuffix(".base_layer") for n in linear]
+    if targets == "all":
+        chosen = linear
+    elif targets == "attention":
+        chosen = [n for n in linear if "attn" in n.lower() or "attention" in n.lower()]
+    elif isinstance(targets, str):
+        raise RecipeError(f'targets={targets!r}; expected "attention", "all" or a tuple of module-name endings')
+    else:
+        chosen = [n for n in linear if any(n == t or n.endswith(f".{t}") for t in targets)]
+    if not chosen:
+        endings = sorted({n.split(".")[-1] for n in linear})
+        raise RecipeError(f"targets={targets!r} match no linear layer of {type(module).__name__}; it has {endings}")
+    return chosen
+
+
+def weights_for(pipe: Any, train: LoRA | Full | None) -> Weights:
+    """The weights of `pipe` as `train` asks for them."""
+    match train:
+        case None:
+            return Untrained()
+        case LoRA():
+            return LoRAWeights(denoisers(pipe), train)
+        case Full():
+            return FullWeights(denoisers(pipe))
+    raise RecipeError(f"train={train!r}; expected LoRA(...), Full() or None")
+
+
+class Untrained:
+    """A policy for inference: its reference is itself."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        if name != "reference":
+            raise PolicyError(f"a policy without trained weights has no {name!r} weights; give train=LoRA(...)")
+        yield
+
+    def snapshot(self, name: str, decay: float) -> None:
+        raise PolicyError(f"a policy without trained weights has no {name!r} weights; give train=LoRA(...)")
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        if state:
+            raise PolicyError("a policy without trained weights cannot load any")
+
+    def close(self) -> None:
+        return None
+
+
+class LoRAWeights:
+    """Adapters on each denoiser; `using` chooses which one a layer adds to its base."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], config: LoRA) -> None:
+        self.modules, self.config = dict(modules), config
+        self.flags = [(p, p.requires_grad) for m in modules.values() for p in m.parameters()]
+        self.own_config = {n: vars(m).get("peft_config") for n, m in modules.items()}
+        self.users = {id(layer): list(layer.active_adapters) for layer in self._layers()}
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)
+            for module in modules.values():
+                self._inject(module, TRAINED)
+        for parameter, _ in self.flags:
+            parameter.requires_grad_(False)
+        self._activate(TRAINED)
+
+    def _inject(self, module: nn.Module, name: str) -> None:
+        config = LoraConfig(
+            r=self.config.rank,
+            lora_alpha=self.config.alpha,  # type: ignore[arg-type]
+            target_modules=linear_targets(module, self.config.targets),
+            init_lora_weights=True,
+        )
+        inject_adapter_in_model(config, module, adapter_name=name)
+        for layer in _tuner_layers(module):
+            for parameters in (layer.lora_A, layer.lora_B):
+                if name in parameters:
+                    parameters[name].to(torch.float32).requires_grad_(name == TRAINED)
+
+    def _layers(self) -> list[Any]:
+        return [layer for module in self.modules.values() for layer in _tuner_layers(module)]
+
+    def _activate(self, name: str | None) -> None:
+        for layer in self._layers():
+            layer._active_adapter = self.users.get(id(layer), []) + ([name] if name else [])
+            layer._disable_adapters = False
+
+    def _tensors(self, name: str) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        for part, module in self.modules.items():
+            for path, layer in module.named_modules():
+                if not isinstance(layer, BaseTunerLayer) or name not in layer.lora_A:  # type: ignore[attr-defined]
+                    continue
+                found[f"{part}.{path}.lora_A"] = layer.lora_A[name].weight  # type: ignore[attr-defined]
+                found[f"{part}.{path}.lora_B"] = layer.lora_B[name].weight  # type: ignore[attr-defined]
+        return found
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._tensors(TRAINED).values())
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        adapter = None if name == "reference" else self._companion(name)
+        active = [(layer, layer._active_adapter) for layer in self._layers()]
+        self._activate(adapter)
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name == "reference"):
+                yield
+        finally:
+            for layer, previous in active:
+                layer._active_adapter = previous
+
+    def _companion(self, name: str) -> str:
+        adapter = COMPANIONS[name]
+        if not self._tensors(adapter):
+            raise PolicyError(f'there are no {name!r} weights yet; policy.snapshot("{name}") makes them')
+        return adapter
+
+    @torch.no_grad()
+    def snapshot(self, name: str, decay: float) -> None:
+        adapter = COMPANIONS[name]
+        if not self._tensors(adapter):
+            decay = 0.0
+            active = [(layer, layer._active_adapter) for layer in self._layers()]
+            flags = [(p, p.requires_grad) for m in self.modules.values() for p in m.parameters()]
+            with torch.random.fork_rng(devices=[]):
+                for module in self.modules.values():
+                    self._inject(module, adapter)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            for layer, previous in active:
+                layer._active_adapter = previous
+        trained = self._tensors(TRAINED)
+        for key, tensor in self._tensors(adapter).items():
+            tensor.lerp_(trained[key], 1.0 - decay)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every adapter of ours, by `name/component.path.lora_A`."""
+        names = {"trained": TRAINED, **COMPANIONS}
+        return {f"{n}/{k}": v.detach() for n, adapter in names.items() for k, v in self._tensors(adapter).items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name in COMPANIONS:
+            if any(key.startswith(f"{name}/") for key in state):
+                self.snapshot(name, 0.0)
+        own = self.state()
+        if own.keys() != state.keys():
+            raise PolicyError(f"the saved adapters do not fit: {len(state)} tensors for {len(own)} in the model")
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+
+    def close(self) -> None:
+        for module in self.modules.values():
+            for path, layer in list(module.named_modules()):
+                if isinstance(layer, BaseTunerLayer):
+                    _remove(module, path, layer, keep=self.users.get(id(layer), []))
+        for name, module in self.modules.items():
+            if self.own_config[name] is None:
+                vars(module).pop("peft_config", None)
+            else:
+                for adapter in (TRAINED, *COMPANIONS.values()):
+                    self.own_config[name].pop(adapter, None)  # type: ignore[union-attr]
+        for parameter, flag in self.flags:
+            parameter.requires_grad_(flag)
+
+
+def _tuner_layers(module: nn.Module) -> list[Any]:
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _remove(module: nn.Module, path: str, layer: Any, keep: list[str]) -> None:
+    """Take our adapters out of a layer; a layer that carries no adapter of the user's becomes its base again."""
+    others = [name for name in layer.lora_A if name not in (TRAINED, *COMPANIONS.values())]
+    if not others:
+        parent = module.get_submodule(path.rpartition(".")[0])
+        setattr(parent, path.rpartition(".")[2], layer.base_layer)
+        return
+    for adapter in (TRAINED, *COMPANIONS.values()):
+        if adapter in layer.lora_A:
+            layer.delete_adapter(adapter)
+    layer._active_adapter = keep
+
+
+class FullWeights:
+    """The denoisers' own weights; reference, old and EMA are copies that `using` puts in their place."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = dict(modules)
+        self.trained = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters()}
+        self.flags = {k: p.requires_grad for k, p in self.trained.items()}
+        for parameter in self.trained.values():
+            parameter.requires_grad_(True)
+        self.copies: dict[str, dict[str, nn.Parameter]] = {"reference": self._copy()}
+
+    def _copy(self) -> dict[str, nn.Parameter]:
+        return {k: nn.Parameter(p.detach().clone(), requires_grad=False) for k, p in self.trained.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.trained.values())
+
+    def _place(self, tensors: Mapping[str, nn.Parameter]) -> None:
+        for key, parameter in tensors.items():
+            part, _, path = key.partition(".")
+            owner, _, leaf = path.rpartition(".")
+            self.modules[part].get_submodule(owner)._parameters[leaf] = parameter
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        if name not in self.copies:
+            raise PolicyError(f'there are no {name!r} weights yet; policy.snapshot("{name}") makes them')
+        self._place(self.copies[name])
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name == "reference"):
+                yield
+        finally:
+            self._place(self.trained)
+
+    @torch.no_grad()
+    def snapshot(self, name: str, decay: float) -> None:
+        if name not in self.copies:
+            self.copies[name] = self._copy()
+            return
+        for key, tensor in self.copies[name].items():
+            tensor.lerp_(self.trained[key], 1.0 - decay)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        sets = {"trained": self.trained, **{n: c for n, c in self.copies.items() if n != "reference"}}
+        return {f"{n}/{k}": v.detach() for n, tensors in sets.items() for k, v in tensors.items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name in COMPANIONS:
+            if any(key.startswith(f"{name}/") for key in state) and name not in self.copies:
+                self.copies[name] = self._copy()
+        own = self.state()
+        if own.keys() != state.keys():
+            raise PolicyError(f"the saved weights do not fit: {len(state)} tensors for {len(own)} in the model")
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+
+    def close(self) -> None:
+        """Trained weights stay (they are the pipeline's own now); flags go back."""
+        self.copies.clear()
+        for key, parameter in self.trained.items():
+            parameter.requires_grad_(self.flags[key])

@@ -1,0 +1,359 @@
+"""Any diffusers pipeline as a policy: the pipeline is the adapter.
+
+The user's own `DiffusionPipeline` runs its own code, one step at a time (see `session.py`): text encoding, guidance,
+packing, expert switching and image conditioning are the pipeline's. Only the solver is ours, first order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from alignkit.errors import PolicyError, RecipeError
+from alignkit.flow.path import velocity_from, x0_from_velocity
+from alignkit.flow.plan import Plan
+from alignkit.flow.transition import Noise, Transition, per_sample_generators
+from alignkit.policy.adapters import Full, LoRA, weights_for
+from alignkit.policy.conditioning import Conditioning
+from alignkit.policy.driver import Driver
+from alignkit.policy.session import Call, Session, Stop, Visit, mix_arguments
+from alignkit.types import Prompt, Rollouts, StepRecord
+
+Rng = torch.Generator | list[torch.Generator]
+Poll = Callable[[], None]
+
+
+class Policy:
+    """A diffusers pipeline whose denoisers can be trained, sampled stochastically and compared with their reference.
+
+    Args:
+        pipe: a loaded `DiffusionPipeline`. It is left as it was: `close()` (or the context manager) removes adapters
+            and restores flags; all runs happen on shallow copies.
+        train: `LoRA(...)` for adapters, `Full()` for all denoiser weights, None for inference only.
+
+    Raises:
+        PolicyError: the pipeline does something alignkit cannot drive; the message says what.
+    """
+
+    def __init__(self, pipe: Any, train: LoRA | Full | None = None) -> None:
+        self.pipe = pipe
+        self.driver = Driver(pipe)
+        self.path, self.prediction = self.driver.grid.path, self.driver.grid.prediction
+        self.weights = weights_for(pipe, train)
+        self._lock = threading.RLock()
+        self._said_bare_decode = False
+
+    @classmethod
+    def from_pretrained(cls, model: str, train: LoRA | Full | None = None, **kwargs: Any) -> Policy:
+        """`DiffusionPipeline.from_pretrained(model, **kwargs)` as a policy."""
+        return cls(DiffusionPipeline.from_pretrained(model, **kwargs), train)
+
+    # weights
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What the optimizer sees."""
+        return self.weights.parameters()
+
+    def reference(self) -> Any:
+        """Context: the weights as they were before training (adapters off). Gradients to inputs are allowed."""
+        return self._using("reference")
+
+    def old(self) -> Any:
+        """Context: the weights of the last `snapshot("old")`; no gradients."""
+        return self._using("old")
+
+    def ema(self) -> Any:
+        """Context: the moving average of the weights; no gradients."""
+        return self._using("ema")
+
+    @contextmanager
+    def _using(self, name: str) -> Iterator[None]:
+        with self._lock, self.weights.using(name):
+            yield
+
+    def snapshot(self, name: str, decay: float = 0.0) -> None:
+        """Move the companion `old` or `ema` to decay * itself + (1 - decay) * the trained weights."""
+        self.weights.snapshot(name, decay)
+
+    # conditioning
+
+    def condition(
+        self, prompts: str | Sequence[str], num_steps: int = 28, seed: int | Sequence[int] = 0, **call: Any
+    ) -> Conditioning:
+        """Encode prompts once and read the pipeline's own grid.
+
+        Args:
+            prompts: one or B prompts.
+            num_steps: denoising steps.
+            seed: of the pipeline's own draws before its loop (VAE posterior, mask noise); sample i gets seed + i.
+            call: the pipeline's own keywords (height, guidance_scale, negative_prompt, image, ...). Lists with one
+                text or picture per prompt go with their sample; everything else holds for all.
+
+        Raises:
+            RecipeError: a keyword that the pipeline does not have, or one that alignkit sets itself.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts:
+            raise RecipeError("condition needs at least one prompt")
+        named = [p if isinstance(p, Prompt) else Prompt(p, id=i) for i, p in enumerate(texts)]
+        seeds = [seed + i for i in range(len(named))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(named):
+            raise RecipeError(f"{len(seeds)} seeds for {len(named)} prompts; give one seed or one per prompt")
+        with self._lock:
+            return self.driver.condition(named, num_steps, seeds, call)
+
+    # denoising
+
+    def initial_latents(self, cond: Conditioning, rng: Rng) -> torch.Tensor:
+        """(B, ...) float32: the pipeline's own initial latents at the first sigma, as `scheduler.step` sees them."""
+        found: list[torch.Tensor] = []
+
+        def on_step(index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found.append(sample)
+            raise Stop
+
+        with self._lock:
+            session = self.driver.session(cond, visits=[Visit(0, pretend=True)], on_step=on_step)
+            session.observe(cond.layout.denoisers)
+            self.driver.run(session, cond, generators=_per_sample(rng, len(cond)))
+        return found[0].detach().float()
+
+    def model_output(self, x: torch.Tensor, t: torch.Tensor | float, cond: Conditioning) -> torch.Tensor:
+        """Exactly what the pipeline hands to `scheduler.step` for latents `x` at timestep `t`; gradients flow.
+
+        Args:
+            x: (B, ...) latents as `scheduler.step` sees them (variance-exploding samplers: scaled to unit variance).
+            t: network time, a number or (B,); off the grid, step-dependent options use the nearest step.
+
+        Returns:
+            (B, ...) in the pipeline's dtype.
+        """
+        if len(x) != len(cond):
+            raise RecipeError(f"{len(x)} latents for a conditioning of {len(cond)} samples")
+        times = torch.as_tensor(t)
+        with self._lock:
+            if times.ndim == 0:
+                return self._one_step(x, [self._visit(float(times), cond)], cond)
+            if times.shape != (len(x),):
+                raise RecipeError(f"timesteps of shape {tuple(times.shape)} for {len(x)} samples; give one or (B,)")
+            return self._mixed_step(x, [float(v) for v in times], cond)
+
+    def _visit(self, t: float, cond: Conditioning) -> Visit:
+        grid = cond.timesteps.double().cpu()
+        index = int((grid - t).abs().argmin())
+        return Visit(index, None if float(grid[index]) == t else t)
+
+    def _one_step(
+        self,
+        x: torch.Tensor,
+        visits: list[Visit],
+        cond: Conditioning,
+        replaced: list[dict[int, torch.Tensor]] | None = None,
+    ) -> torch.Tensor:
+        captured: list[torch.Tensor] = []
+
+        def on_step(index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if session.visit.pretend:
+                return x.to(sample), x.to(sample)
+            captured.append(output)
+            raise Stop
+
+        session = self._session(x, cond, visits, on_step)
+        if replaced is not None:
+            session.replaced = replaced
+            session.observe(cond.layout.denoisers)
+        self.driver.run(session, cond, grad=torch.is_grad_enabled())
+        return captured[0]
+
+    def _session(self, x: torch.Tensor, cond: Conditioning, visits: list[Visit], on_step: Any) -> Session:
+        """A session that begins with latents `x`: put in by `prepare_latents`, or carried in by a pretended step."""
+        if cond.layout.latents_index is not None:
+            session = self.driver.session(cond, visits=visits, on_step=on_step)
+            session.latents = x
+            return session
+        carried = [Visit(max(visits[0].index - 1, 0) if visits else 0, pretend=True), *visits]
+        session = self.driver.session(cond, visits=carried, on_step=on_step)
+        session.observe(cond.layout.denoisers)
+        return session
+
+    def _mixed_step(self, x: torch.Tensor, times: list[float], cond: Conditioning) -> torch.Tensor:
+        distinct = sorted(set(times))
+        if len(distinct) == 1:
+            return self._one_step(x, [self._visit(distinct[0], cond)], cond)
+        which = [distinct.index(t) for t in times]
+        rows = self._timestep_rows(x, distinct, which, cond)
+        if rows is not None:
+            return self._one_step(x, [self._visit(times[0], cond)], cond, rows)
+        parts: list[torch.Tensor | None] = [None] * len(x)
+        for value, t in enumerate(distinct):
+            members = [i for i, w in enumerate(which) if w == value]
+            output = self._one_step(x[members], [self._visit(t, cond)], cond[members])
+            for i, row in zip(members, output, strict=True):
+                parts[i] = row
+        return torch.stack([p for p in parts if p is not None])
+
+    def _timestep_rows(
+        self, x: torch.Tensor, distinct: list[float], which: list[int], cond: Conditioning
+    ) -> list[dict[int, torch.Tensor]] | None:
+        """The arguments of each denoiser call that depend on the time, with one time per sample; None where a step
+        differs in more than those.
+
+        Every time is visited with pretended denoisers that answer the same numbers: if what reaches `step` is the
+        same as well, the time enters only through the arguments that changed.
+        """
+        outputs: list[torch.Tensor] = []
+        calls: list[list[Call]] = []
+
+        def on_step(index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            outputs.append(output)
+            calls.append(list(session.seen.calls))
+            return x.to(sample), x.to(sample)
+
+        visits = [Visit(self._visit(t, cond).index, t, pretend=True) for t in distinct]
+        session = self._session(x, cond, visits, on_step)
+        session.observe(cond.layout.denoisers)
+        with torch.no_grad():
+            self.driver.run(session, cond)
+        outputs, calls = outputs[-len(visits) :], calls[-len(visits) :]
+        if any(not torch.equal(o, outputs[0]) for o in outputs) or len({len(one) for one in calls}) != 1:
+            return None
+        mixed = [mix_arguments(same, which) for same in zip(*calls, strict=True)]
+        return None if any(one is None for one in mixed) else [one for one in mixed if one is not None]
+
+    def sigma_of(self, t: torch.Tensor | float, cond: Conditioning) -> torch.Tensor:
+        """sigma in [0, 1] of network times; on the grid, the grid's own value. Same shape as `t`, float32."""
+        times = torch.as_tensor(t).double().cpu()
+        sigma = self.driver.grid.sigma_of(times)
+        near = (cond.timesteps.double().cpu() - times[..., None]).abs()
+        on_grid = cond.sigmas[:-1][near.argmin(-1)]
+        return torch.where(near.amin(-1) == 0, on_grid, sigma)
+
+    def timestep_of(self, sigma: torch.Tensor | float) -> torch.Tensor:
+        """The network time of a noise level; inverse of `sigma_of`."""
+        return self.driver.grid.timestep_of(sigma)
+
+    def velocity(self, x: torch.Tensor, t: torch.Tensor | float, cond: Conditioning) -> torch.Tensor:
+        """(B, ...) float32 dx/dsigma of the policy's path at latents `x` and timestep `t`."""
+        return self._velocity(self.model_output(x, t, cond), x, self.sigma_of(t, cond))
+
+    def _velocity(self, output: torch.Tensor, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        signed = output.float() * self.driver.grid.sign()
+        return velocity_from(self.path, self.prediction, signed, x.float(), sigma.to(x.device))  # type: ignore[arg-type]
+
+    def transition(
+        self, x: torch.Tensor, index: int, cond: Conditioning, noise: Noise, mask: torch.Tensor | None = None
+    ) -> Transition:
+        """The Gaussian of step `index` of the grid from latents `x`; the same one that `rollout` samples from."""
+        v = self.velocity(x, cond.timesteps[index], cond)
+        return self._transition(v, x, index, cond, noise, mask)
+
+    def _transition(
+        self, v: torch.Tensor, x: torch.Tensor, index: int, cond: Conditioning, noise: Noise, mask: torch.Tensor | None
+    ) -> Transition:
+        s = cond.sigmas
+        return noise.build(self.path, x.float(), v, float(s[index]), float(s[index + 1]), float(s[1]), mask)
+
+    # whole runs
+
+    @torch.no_grad()
+    def rollout(self, cond: Conditioning, plan: Plan, rng: Rng, *, poll: Poll | None = None) -> Rollouts:
+        """Run the pipeline once, whole, with our solver; record the plan's stochastic steps.
+
+        Args:
+            plan: `plan.num_steps` must be the grid's length.
+            rng: one generator, or one per sample; initial latents and step noise come from it.
+            poll: called before every step; may raise to stop.
+        """
+        if plan.num_steps != len(cond.timesteps):
+            raise RecipeError(f"a plan of {plan.num_steps} steps for a grid of {len(cond.timesteps)}")
+        generators = _per_sample(rng, len(cond))
+        records: list[StepRecord] = []
+        last: list[torch.Tensor] = []
+
+        def on_step(index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if poll is not None:
+                poll()
+            x = sample.float()
+            if last and torch.equal(last[0].to(sample), sample):
+                x = last[0]  # full precision, where the pipeline passed our latents on unchanged
+            sigma = cond.sigmas[index]
+            v = self._velocity(output, x, sigma)
+            transition = self._transition(v, x, index, cond, plan.noise_at(index), None)
+            stochastic = index in plan.stochastic
+            next_latents = transition.sample(generators) if stochastic else transition.mean
+            if stochastic:
+                log_prob = transition.log_prob(next_latents, reduce="mean")
+                t, after = float(cond.timesteps[index]), float(cond.sigmas[index + 1])
+                records.append(StepRecord(index, t, float(sigma), after, x, next_latents, log_prob))
+            last[:] = [next_latents]
+            return next_latents.to(sample), x0_from_velocity(self.path, v, x, sigma).to(sample)
+
+        with self._lock:
+            session = self.driver.session(cond, visits=None, on_step=on_step)
+            self.driver.run(session, cond, generators=generators)
+        return Rollouts(last[0], tuple(records), cond.sigmas)
+
+    def decode(self, x0: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        """Media float32 in [0, 1]: (B, 3, H, W) or (B, T, 3, H, W), by the pipeline's own un-packing, decoder and
+        post-processing; differentiable. Outside [0, 1] the gradient passes straight through.
+
+        Safety checker and watermark are left out (said once); sampling with the pipeline itself keeps them.
+        """
+
+        def on_step(index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x0.to(sample), x0.to(sample)
+
+        with self._lock:
+            session = self._session(x0, cond, [], on_step)
+            self._bare(session)
+            result = self.driver.run(session, cond, output_type="pt", grad=torch.is_grad_enabled())
+        media = result[0] if isinstance(result, tuple | list) else result
+        if isinstance(media, list):
+            media = torch.stack(media)
+        if not isinstance(media, torch.Tensor) or media.ndim not in (4, 5):
+            raise PolicyError(f"{type(self.pipe).__name__} decodes to {type(media).__name__}, not to pixels")
+        media = media.float()
+        return media + (media.clamp(0, 1) - media).detach()
+
+    def _bare(self, session: Session) -> None:
+        """Decode without clamp (ours keeps the gradient), safety checker and watermark, on the copy only."""
+        import copy
+
+        from diffusers.image_processor import VaeImageProcessor
+
+        for name, part in vars(self.pipe).items():
+            if isinstance(part, VaeImageProcessor):
+                twin = copy.copy(part)
+                twin.__dict__["denormalize"] = lambda media: media * 0.5 + 0.5
+                session.copy.__dict__[name] = twin
+            elif name in ("safety_checker", "watermark") and part is not None:
+                session.copy.__dict__[name] = None
+                self._say_bare_decode(name)
+
+    def _say_bare_decode(self, name: str) -> None:
+        if not self._said_bare_decode:
+            print(f"alignkit: training decodes without the pipeline's {name}; sampling with the pipeline keeps it")
+            self._said_bare_decode = True
+
+    def close(self) -> None:
+        """Put back everything that sharing modules could have changed."""
+        self.weights.close()
+
+    def __enter__(self) -> Policy:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _per_sample(rng: Rng, count: int) -> list[torch.Generator]:
+    if isinstance(rng, torch.Generator):
+        return per_sample_generators(rng, count)
+    if len(rng) != count:
+        raise RecipeError(f"{len(rng)} generators for {count} samples; give one, or one per sample")
+    return list(rng)
