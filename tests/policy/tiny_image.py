@@ -5,20 +5,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import (
     AutoencoderKLQwenImage,
+    ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from tests.policy import tiny_text as text
 from tests.policy.tiny_parts import finish, flow_euler, kl_vae
@@ -40,12 +47,32 @@ def ddim() -> DDIMScheduler:
     return DDIMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
-def sd15() -> StableDiffusionPipeline:
+def sd15(scheduler: SchedulerMixin | None = None) -> StableDiffusionPipeline:
     return finish(
         StableDiffusionPipeline(
             vae=kl_vae(quant=True, scaling_factor=0.18215), text_encoder=text.clip(),
-            tokenizer=text.clip_tokenizer(), unet=unet(), scheduler=ddim(), safety_checker=None,
+            tokenizer=text.clip_tokenizer(), unet=unet(), scheduler=scheduler or ddim(), safety_checker=None,
             feature_extractor=None, requires_safety_checker=False,
+        )
+    )
+
+
+def sd15_pndm() -> StableDiffusionPipeline:
+    """With the published scheduler, which visits its second timestep twice."""
+    return sd15(PNDMScheduler(**SD_BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1))
+
+
+def sd15_controlnet() -> StableDiffusionControlNetPipeline:
+    controlnet = ControlNetModel(
+        in_channels=4, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=text.WIDTH,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=4, norm_num_groups=2,
+        conditioning_embedding_out_channels=(8, 16),
+    )
+    return finish(
+        StableDiffusionControlNetPipeline(
+            vae=kl_vae(quant=True, scaling_factor=0.18215), text_encoder=text.clip(),
+            tokenizer=text.clip_tokenizer(), unet=unet(), controlnet=controlnet, scheduler=ddim(),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )
     )
 
@@ -98,14 +125,22 @@ def flux_transformer(in_channels: int = 16, out_channels: int | None = None) -> 
     )
 
 
+def flux_parts() -> dict[str, Any]:
+    """Everything of FLUX.1 but the transformer."""
+    return {
+        "vae": kl_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": text.clip(), "tokenizer": text.clip_tokenizer(),
+        "text_encoder_2": text.t5(), "tokenizer_2": text.t5_tokenizer(),
+        "scheduler": flow_euler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
 def flux() -> FluxPipeline:
-    return finish(
-        FluxPipeline(
-            transformer=flux_transformer(), scheduler=flow_euler(shift=3.0, use_dynamic_shifting=True),
-            vae=kl_vae(scaling_factor=0.3611, shift_factor=0.1159), text_encoder=text.clip(),
-            tokenizer=text.clip_tokenizer(), text_encoder_2=text.t5(), tokenizer_2=text.t5_tokenizer(),
-        )
-    )
+    return finish(FluxPipeline(transformer=flux_transformer(), **flux_parts()))
+
+
+def flux_kontext() -> FluxKontextPipeline:
+    return finish(FluxKontextPipeline(transformer=flux_transformer(), **flux_parts()))
 
 
 def qwen_vae() -> AutoencoderKLQwenImage:

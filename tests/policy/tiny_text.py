@@ -1,7 +1,7 @@
 """Tokenizers and text encoders of a few kilobytes, built from literal vocabularies: nothing comes from a hub.
 
-Every tokenizer knows each printable character, so two different texts never get the same tokens; most also know
-the words below as one token each, so that prompts and chat templates keep their real length in tokens.
+Every tokenizer knows each printable character, so two different texts never get the same tokens; most also
+know the words below as one token each, so that prompts and chat templates keep their real length in tokens.
 """
 
 # fmt: off
@@ -15,16 +15,31 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GlmConfig,
+    GlmForCausalLM,
+    LlamaConfig,
+    LlamaModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -33,8 +48,9 @@ LENGTH = 16  # tokens that a CLIP tokenizer pads to
 
 WORDS = (
     "a", "red", "blue", "green", "cat", "dog", "sign", "that", "says", "on", "the", "grass", "bad", "quality",
-    "system", "user", "assistant", "Describe", "image", "video", "by", "detailing", "color", "shape", "size",
-    "texture", "quantity", "text", "spatial", "relationships", "of", "objects", "and", "background", "following",
+    "system", "user", "Describe", "image", "video", "by", "detailing", "color", "shape", "size",
+    "texture", "quantity", "text", "spatial", "relationships", "of", "objects", "and", "background", "Key",
+    "features", "Prompt", "Start", "assistant", "You", "are", "an",
 )
 
 QWEN_SPECIAL = (
@@ -59,8 +75,8 @@ def word_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A fast tokenizer that splits at words, punctuation and newlines: unknown words fall into characters.
 
-    On Qwen's image template it gives the 34 tokens that the real tokenizer gives. `bos` and `eos`, when given,
-    are put around every text; `settings` go to `PreTrainedTokenizerFast` (`padding_side`, ...).
+    On Qwen's image template it gives the 34 tokens that the real tokenizer gives. `bos` and `eos`, when
+    given, are put around every text; `settings` go to `PreTrainedTokenizerFast` (`padding_side`, ...).
     """
     characters = [c for c in string.printable if not c.isspace()]
     pieces = [*special, "[UNK]", "\n", *characters, *(f"##{c}" for c in characters), *WORDS]
@@ -97,6 +113,15 @@ def clip(projection: bool = False, width: int = WIDTH, length: int = LENGTH) -> 
     return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
 
 
+def clip_vision() -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessor]:
+    """An image encoder and its processor: 28 px pictures -> (B, 5, WIDTH) hidden states."""
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28,
+        patch_size=14, projection_dim=WIDTH,
+    )
+    return CLIPVisionModelWithProjection(config), CLIPImageProcessor(crop_size=28, size=28)
+
+
 def t5_tokenizer() -> T5Tokenizer:
     """T5's unigram tokenizer: the words of `WORDS` are one token, anything else its characters."""
     characters = [c for c in string.printable if not c.isspace()]
@@ -105,15 +130,78 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=64)
 
 
-def t5(width: int = WIDTH) -> T5EncoderModel:
-    """A T5 encoder for `t5_tokenizer`: (B, L) -> (B, L, width)."""
+def t5(width: int = WIDTH, vocabulary: int | None = None) -> T5EncoderModel:
+    """A T5 encoder, for `t5_tokenizer` unless another size of vocabulary is given: (B, L) -> (B, L, width)."""
     return T5EncoderModel(
         T5Config(
-            vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+            vocab_size=vocabulary or len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
             relative_attention_num_buckets=8, feed_forward_proj="gated-gelu", is_encoder_decoder=False,
             use_cache=False,
         )
     )
+
+
+def umt5(width: int = WIDTH) -> UMT5EncoderModel:
+    """The encoder of AuraFlow, for `llama_tokenizer`."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(llama_tokenizer()), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+            relative_attention_num_buckets=8, is_encoder_decoder=False, use_cache=False,
+        )
+    )
+
+
+def llama_tokenizer(pad: str = "<pad>", **settings: Any) -> PreTrainedTokenizerFast:
+    """Words between `<bos>` and `<eos>`."""
+    return word_tokenizer(pad=pad, bos="<bos>", eos="<eos>", **settings)
+
+
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    """Words after `<bos>`."""
+    return word_tokenizer(bos="<bos>", padding_side="right")
+
+
+def mistral_tokenizer() -> PreTrainedTokenizerFast:
+    """Words; a text that is too long loses its beginning, so the prompt outlives FLUX.2's long system message."""
+    return word_tokenizer(QWEN_SPECIAL, pad="<|endoftext|>", padding_side="left", truncation_side="left")
+
+
+def _decoder(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What every small decoder-only text encoder shares."""
+    return {
+        "vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+        "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def gemma() -> Gemma2Model:
+    """The encoder of Sana and Lumina 2."""
+    return Gemma2Model(Gemma2Config(**_decoder(gemma_tokenizer()), sliding_window=64))
+
+
+def qwen3() -> Qwen3Model:
+    """The encoder of Z-Image."""
+    return Qwen3Model(Qwen3Config(**_decoder(qwen_tokenizer())))
+
+
+def glm() -> GlmForCausalLM:
+    """The encoder of CogView 4."""
+    return GlmForCausalLM(GlmConfig(**_decoder(llama_tokenizer())))
+
+
+def llama() -> LlamaModel:
+    """The encoder of HunyuanVideo."""
+    return LlamaModel(LlamaConfig(**_decoder(llama_tokenizer())))
+
+
+def mistral() -> Mistral3ForConditionalGeneration:
+    """The encoder of FLUX.2."""
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+              "image_size": 28, "patch_size": 14, "model_type": "pixtral"}
+    decoder = {**_decoder(mistral_tokenizer()), "model_type": "mistral", "sliding_window": None}
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=decoder, vision_config=vision))
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerFast:

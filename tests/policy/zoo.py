@@ -17,7 +17,9 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from tests.policy import tiny_image as image
+from tests.policy import tiny_more as more
 from tests.policy import tiny_video as video
+from tests.policy.tiny_parts import picture
 
 PROMPTS = ("a red cat", "a blue dog")
 BAD = {"negative_prompt": ["bad quality"] * len(PROMPTS)}
@@ -66,9 +68,29 @@ class Step:
 
 
 CFG = {"guided": {"guidance_scale": 4.0}, "unguided": {"guidance_scale": 1.0}}
+EMBEDDED = {
+    "embedded": {"guidance_scale": 3.5},
+    "true_cfg": {"guidance_scale": 3.5, "true_cfg_scale": 3.0, **BAD},
+}
+PICTURES = (picture(0), picture(1))
+WAN = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 8}
+LTX = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 8}
+COG = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
+SANA = {"height": 32, "width": 32, "max_sequence_length": 8, "complex_human_instruction": None} | {
+    "use_resolution_binning": False,
+    "clean_caption": False,
+}
 
 ZOO: dict[str, Entry] = {
     "sd15": Entry(image.sd15, "Stable Diffusion 1.5", {"height": 32, "width": 32}, CFG),
+    "sd15_pndm": Entry(image.sd15_pndm, "Stable Diffusion 1.5 (PNDM)", {"height": 32, "width": 32}, CFG),
+    "sd15_controlnet": Entry(
+        image.sd15_controlnet,
+        "Stable Diffusion 1.5 + ControlNet",
+        {"height": 32, "width": 32, "image": PICTURES[0]},
+        CFG | {"window": {"guidance_scale": 4.0, "control_guidance_start": 0.25, "control_guidance_end": 0.65}},
+        image=True,
+    ),
     "sdxl": Entry(image.sdxl, "Stable Diffusion XL (Euler)", {"height": 32, "width": 32}, CFG, scaled=True),
     "sd3": Entry(
         image.sd3,
@@ -100,12 +122,100 @@ ZOO: dict[str, Entry] = {
         {"height": 32, "width": 32, "max_sequence_length": 16},
         {"guided": {"true_cfg_scale": 4.0, **BAD}, "unguided": {"true_cfg_scale": 1.0}},
     ),
-    "wan_t2v": Entry(
-        video.wan_t2v,
-        "Wan 2.1 text-to-video",
-        {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 8},
+    "flux2": Entry(
+        more.flux2,
+        "FLUX.2",
+        {"height": 16, "width": 16, "max_sequence_length": 16, "text_encoder_out_layers": (1, 2, 3)},
+        {
+            "embedded": {"guidance_scale": 4.0},
+            "reference_image": {"guidance_scale": 4.0, "image": picture(size=64)},
+        },
+    ),
+    "z_image": Entry(
+        more.z_image,
+        "Z-Image",
+        {"height": 32, "width": 32, "max_sequence_length": 16},
+        {
+            "guided": {"guidance_scale": 3.0},
+            "unguided": {"guidance_scale": 0.0},
+            "truncated": {"guidance_scale": 3.0, "cfg_truncation": 0.5, "cfg_normalization": 1.0},
+        },
+    ),
+    "sana": Entry(more.sana, "Sana", SANA, CFG),
+    "sana_euler": Entry(more.sana_euler, "Sana (flow Euler)", SANA, CFG),
+    "pixart": Entry(
+        more.pixart,
+        "PixArt-Sigma",
+        {"height": 32, "width": 32, "max_sequence_length": 8, "use_resolution_binning": False}
+        | {"clean_caption": False},
         CFG,
+    ),
+    "auraflow": Entry(more.auraflow, "AuraFlow", {"height": 32, "width": 32, "max_sequence_length": 8}, CFG),
+    "cogview4": Entry(more.cogview4, "CogView 4", {"height": 32, "width": 32, "max_sequence_length": 16}, CFG),
+    "lumina2": Entry(
+        more.lumina2,
+        "Lumina 2",
+        {"height": 32, "width": 32, "max_sequence_length": 16, "system_prompt": "You are an assistant"},
+        CFG | {"truncated": {"guidance_scale": 4.0, "cfg_trunc_ratio": 0.5}},
+    ),
+    "hunyuan_image": Entry(
+        more.hunyuan_image,
+        "HunyuanImage 2.1 (guidance without momentum)",
+        {"height": 32, "width": 32},
+        {"guided": {}, "negative": BAD},
+    ),
+    "hunyuan_image_distilled": Entry(
+        more.hunyuan_image_distilled,
+        "HunyuanImage 2.1 distilled",
+        {"height": 32, "width": 32},
+        {"embedded": {"distilled_guidance_scale": 3.25}},
+    ),
+    "flux_kontext": Entry(
+        image.flux_kontext,
+        "FLUX.1 Kontext",
+        {"height": 16, "width": 16, "max_area": 16 * 16, "_auto_resize": False, "max_sequence_length": 8}
+        | {"image": PICTURES[0]},
+        EMBEDDED,
+        image=True,
+    ),
+    "wan_t2v": Entry(video.wan_t2v, "Wan 2.1 text-to-video", WAN, CFG, video=True),
+    "wan_t2v_unipc": Entry(video.wan_t2v_unipc, "Wan 2.1 text-to-video (UniPC)", WAN, CFG, video=True),
+    "wan_two_experts": Entry(
+        video.wan_two_experts,
+        "Wan 2.2 text-to-video (two experts)",
+        WAN,
+        {"guided": {"guidance_scale": 4.0, "guidance_scale_2": 3.0}, "unguided": {"guidance_scale": 1.0}},
         video=True,
+    ),
+    "wan_i2v": Entry(
+        video.wan_i2v, "Wan 2.1 image-to-video", WAN | {"image": PICTURES[0]}, CFG, video=True, image=True
+    ),
+    "ltx_t2v": Entry(video.ltx_t2v, "LTX-Video text-to-video", LTX, CFG, video=True),
+    "ltx_i2v": Entry(
+        video.ltx_i2v, "LTX-Video image-to-video", LTX | {"image": list(PICTURES)}, CFG, video=True, image=True
+    ),
+    "hunyuan_video": Entry(
+        video.hunyuan_video,
+        "HunyuanVideo",
+        {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 8}
+        | {"prompt_template": {"template": "{}", "crop_start": 0}},
+        EMBEDDED,
+        video=True,
+    ),
+    "cogvideox_t2v": Entry(
+        video.cogvideox_t2v,
+        "CogVideoX text-to-video",
+        COG,
+        CFG | {"dynamic": {"guidance_scale": 4.0, "use_dynamic_cfg": True}},
+        video=True,
+    ),
+    "cogvideox_i2v": Entry(
+        video.cogvideox_i2v,
+        "CogVideoX image-to-video",
+        COG | {"image": list(PICTURES)},
+        CFG | {"dynamic": {"guidance_scale": 4.0, "use_dynamic_cfg": True}},
+        video=True,
+        image=True,
     ),
 }
 
@@ -124,9 +234,7 @@ def _recording(scheduler: Any, steps: list[Step]) -> Iterator[None]:
     names = ["step"]
 
     @functools.wraps(step)  # pipelines read the signature of `step` to decide whether to pass eta
-    def record(
-        model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def record(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # batched guidance repeats the rows before they are scaled; the first copy is what belongs to `sample`
         fed = scaled.pop()[: len(sample)] if scaled else sample
         seen = [x.detach().clone() for x in (torch.as_tensor(timestep), sample, fed, model_output)]
