@@ -135,9 +135,7 @@ def _short(text: str, limit: int = 60) -> str:
 def as_prompts(prompts: Sequence[str]) -> list[Prompt]:
     """Prompts as `Prompt`; plain text gets its place in the list as id."""
     if isinstance(prompts, str):
-        raise BrokenContract(
-            f"prompts is one text, expected a list with one prompt per sample: [{_short(prompts)}]"
-        )
+        raise BrokenContract(f"prompts is one text, expected a list with one prompt per sample: [{_short(prompts)}]")
     return [p if isinstance(p, Prompt) else Prompt(p, id=i) for i, p in enumerate(prompts)]
 
 
@@ -155,13 +153,9 @@ def check_media(reward: Reward, media: torch.Tensor, num_prompts: int) -> None:
         )
     expected = {"image": 4, "video": 5, "latent": media.ndim}[reward.kind]
     if media.ndim != expected or (reward.kind != "latent" and media.shape[-3] != 3):
-        raise BrokenContract(
-            f"reward {reward.name!r} scores {reward.kind} media {SHAPES[reward.kind]}; given {shape}"
-        )
+        raise BrokenContract(f"reward {reward.name!r} scores {reward.kind} media {SHAPES[reward.kind]}; given {shape}")
     if media.shape[0] != num_prompts:
-        raise BrokenContract(
-            f"reward {reward.name!r} was given {media.shape[0]} samples and {num_prompts} prompts"
-        )
+        raise BrokenContract(f"reward {reward.name!r} was given {media.shape[0]} samples and {num_prompts} prompts")
 
 
 @contextmanager
@@ -203,15 +197,11 @@ def to_evaluation(raw: Any, name: str, batch: int, device: torch.device) -> Eval
     if isinstance(raw, numbers.Real):
         raw = torch.tensor(float(raw))
     if not isinstance(raw, torch.Tensor):
-        raise BrokenContract(
-            f"reward {name!r} returned {type(raw).__name__}; expected {batch} numbers, one per sample"
-        )
+        raise BrokenContract(f"reward {name!r} returned {type(raw).__name__}; expected {batch} numbers, one per sample")
     if raw.ndim == 0 and batch == 1:
         raw = raw.reshape(1)
     if raw.ndim != 1 or raw.shape[0] != batch:
-        raise BrokenContract(
-            f"reward {name!r} returned shape {tuple(raw.shape)}; expected ({batch},), one per sample"
-        )
+        raise BrokenContract(f"reward {name!r} returned shape {tuple(raw.shape)}; expected ({batch},), one per sample")
     if raw.is_complex():
         raise BrokenContract(f"reward {name!r} returned complex numbers; expected real ones")
     scores = raw.to(device=device, dtype=torch.float32)
@@ -225,7 +215,7 @@ def _from_list(raw: list[Any], name: str, batch: int, device: torch.device) -> E
     for index, value in enumerate(raw):
         if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim <= 1 and value.shape in ((), (1,)):
             number = torch.as_tensor(value).reshape(())
-        elif isinstance(value, numbers.Real):
+        elif isinstance(value, (numbers.Real, np.bool_)):
             number = torch.tensor(float(value))
         elif value is None:
             number = torch.tensor(float("nan"))

@@ -89,9 +89,7 @@ def _colours(world: str | Path | Mapping[str, Any] | None) -> dict[str, list[flo
     if not isinstance(world, Mapping):
         path = shipped.path("assets", "signs", "world.json") if world is None else Path(world)
         if not path.is_file():
-            raise RecipeError(
-                f"world={str(world)!r}: there is no such file; expected the path of a world.json"
-            )
+            raise RecipeError(f"world={str(world)!r}: there is no such file; expected the path of a world.json")
         contents: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     else:
         contents = world

@@ -146,9 +146,7 @@ class Weighted:
 
     def _record(self, name: str, reason: str) -> None:
         if name not in self.tracebacks:
-            log.warning(
-                "reward %r failed; its samples are left out (said once per reward):\n%s", name, reason
-            )
+            log.warning("reward %r failed; its samples are left out (said once per reward):\n%s", name, reason)
         self.tracebacks[name] = reason
 
 

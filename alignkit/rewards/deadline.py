@@ -54,6 +54,4 @@ def deadline(seconds: float | None) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
         if remaining:
-            signal.setitimer(
-                signal.ITIMER_REAL, max(remaining - (time.monotonic() - started), 1e-3), interval
-            )
+            signal.setitimer(signal.ITIMER_REAL, max(remaining - (time.monotonic() - started), 1e-3), interval)

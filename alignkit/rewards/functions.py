@@ -69,13 +69,9 @@ def as_reward(value: Any) -> Reward:
     if not isinstance(reward.name, str) or not reward.name:
         raise RecipeError(f"a reward's `name` is a text that is not empty; {value!r} has {reward.name!r}")
     if reward.kind not in SHAPES:
-        raise RecipeError(
-            f"reward {reward.name!r} has kind={reward.kind!r}; choose one of {', '.join(SHAPES)}"
-        )
+        raise RecipeError(f"reward {reward.name!r} has kind={reward.kind!r}; choose one of {', '.join(SHAPES)}")
     if not isinstance(reward.differentiable, bool):
-        raise RecipeError(
-            f"reward {reward.name!r}: `differentiable` is True or False, not {reward.differentiable!r}"
-        )
+        raise RecipeError(f"reward {reward.name!r}: `differentiable` is True or False, not {reward.differentiable!r}")
     return reward
 
 
@@ -100,9 +96,7 @@ def called_by_keyword(function: Callable[..., Any]) -> bool:
         return False
     if not parameters or parameters[0].name != "media":
         named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY)}
-        required = [
-            p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        ]
+        required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
         if open_ended or named & {"images", "completions"} or len(required) > 2:
             return True
@@ -116,9 +110,7 @@ def called_by_keyword(function: Callable[..., Any]) -> bool:
     return False
 
 
-def keyword_arguments(
-    function: Callable[..., Any], media: torch.Tensor, prompts: Sequence[Prompt]
-) -> dict[str, Any]:
+def keyword_arguments(function: Callable[..., Any], media: torch.Tensor, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """The keywords of a function in TRL's style; a row without the column gives `None` at its place.
 
     Raises:

@@ -68,12 +68,10 @@ def _reader(engine: str | TextReader, detect: bool, threads: int) -> TextReader:
     if engine == "tesseract":
         from alignkit.rewards.tesseract import Tesseract
 
-        return Tesseract(page_mode=11 if detect else 8, threads=threads)
+        return Tesseract(page_mode=11 if detect else 7, threads=threads)
     if isinstance(engine, TextReader):
         return engine
-    raise RecipeError(
-        f"engine={engine!r}; choose 'rapidocr', 'tesseract' or an object with read() and describe()"
-    )
+    raise RecipeError(f"engine={engine!r}; choose 'rapidocr', 'tesseract' or an object with read() and describe()")
 
 
 class RapidReader:
@@ -113,9 +111,7 @@ class RapidReader:
 
     def read(self, media: torch.Tensor) -> list[str]:
         """The text on each image of (B, 3, H, W); lines from top to bottom, joined by a space."""
-        images = [
-            np.ascontiguousarray(image[..., ::-1]) for image in to_uint8(media)
-        ]  # its models were fed BGR
+        images = [np.ascontiguousarray(image[..., ::-1]) for image in to_uint8(media)]  # its models were fed BGR
         if not images:
             return []
         if self.detect:

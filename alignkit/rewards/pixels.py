@@ -20,8 +20,7 @@ def to_uint8(media: torch.Tensor) -> np.ndarray:
     broken = ~media.isfinite().flatten(1).all(dim=1)
     if broken.any():
         raise RewardError(
-            f"sample {int(broken.nonzero()[0, 0])} has pixels that are NaN or infinite; usual cause: a "
-            "decoder in fp16"
+            f"sample {int(broken.nonzero()[0, 0])} has pixels that are NaN or infinite; usual cause: a decoder in fp16"
         )
     pixels = (media.detach().clamp(0, 1) * 255).round().to(device="cpu", dtype=torch.uint8)
     return np.ascontiguousarray(rearrange(pixels, "b c h w -> b h w c").numpy())

@@ -41,9 +41,7 @@ def probe(reward: Reward, media: torch.Tensor, prompts: Sequence[str]) -> Probe:
     both = first.isfinite() & second.isfinite()
     difference = float((first - second)[both].abs().max()) if both.any() else 0.0
     if difference > 0:
-        log.warning(
-            "reward %r differs by up to %.3g between two calls with the same input", reward.name, difference
-        )
+        log.warning("reward %r differs by up to %.3g between two calls with the same input", reward.name, difference)
     return Probe(difference, _largest_gradient(reward, media, prompts) if reward.differentiable else None)
 
 

@@ -1,0 +1,120 @@
+"""What every reward promises. A reward added to `TABLE` needs one line in `CASES` and nothing else."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from alignkit.rewards import TABLE, Reward, describe, evaluate, load, probe
+from alignkit.rewards.base import SHAPES
+from alignkit.rewards.tesseract import available
+from alignkit.types import Prompt
+from tests.rewards.signs import WORDS, WORLD, prompt_text, sign
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options a reward needs without shipped files, and the documented range of its scores."""
+
+    lowest: float
+    highest: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+CASES: dict[str, Case] = {
+    "ocr": Case(0, 1),
+    "tesseract": Case(0, 1),
+    "sign_color": Case(0, 1, {"world": WORLD}),
+    "jpeg_compressibility": Case(-math.inf, 0),
+    "jpeg_incompressibility": Case(0, math.inf),
+    "brightness": Case(0, 1),
+}
+COLOURS = ("blue", "red", "yellow", "white")
+
+
+@functools.cache
+def reward_of(name: str) -> Reward:
+    return load(name, **CASES[name].options)
+
+
+@pytest.fixture(params=sorted(TABLE))
+def reward(request: pytest.FixtureRequest) -> Reward:
+    if request.param == "tesseract" and not available():
+        pytest.skip("the program tesseract is not installed (Debian: tesseract-ocr)")
+    if request.param not in CASES:
+        pytest.fail(f"reward {request.param!r} is in TABLE; add its line to CASES in {__file__}")
+    return reward_of(request.param)
+
+
+def batch(reward: Reward) -> tuple[torch.Tensor, list[Prompt]]:
+    """Four signs that do what their prompt says or not; as video, four still frames of each."""
+    media = torch.stack([sign(word, colour) for word, colour in zip(WORDS, COLOURS)])
+    texts = [prompt_text(WORDS[i], COLOURS[i]) for i in (0, 1, 3, 2)]
+    prompts = [Prompt(text, id=i + 1) for i, text in enumerate(texts)]
+    return (media.unsqueeze(1).repeat(1, 4, 1, 1, 1) if reward.kind == "video" else media), prompts
+
+
+def test_a_reward_has_name_kind_and_differentiable(reward: Reward) -> None:
+    assert reward.name in TABLE
+    assert reward.kind in SHAPES
+    assert isinstance(reward.differentiable, bool)
+
+
+def test_scores_are_finite_float32_one_per_sample_and_in_the_documented_range(reward: Reward) -> None:
+    scores = evaluate(reward, *batch(reward)).scores
+    assert scores.shape == (4,)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+    case = CASES[reward.name]
+    assert ((scores >= case.lowest) & (scores <= case.highest)).all()
+    assert scores.unique().numel() > 1, "the batch was made so that its samples differ"
+
+
+def test_the_score_of_a_sample_does_not_depend_on_its_batch(reward: Reward) -> None:
+    media, prompts = batch(reward)
+    together = evaluate(reward, media, prompts).scores
+    alone = torch.cat([evaluate(reward, media[i : i + 1], prompts[i : i + 1]).scores for i in range(4)])
+    torch.testing.assert_close(together, alone)
+
+
+def test_the_same_input_twice_gives_the_same_scores(reward: Reward) -> None:
+    assert probe(reward, *batch(reward)).difference == 0
+
+
+def test_media_are_left_as_they_were(reward: Reward) -> None:
+    media, prompts = batch(reward)
+    before = media.clone()
+    evaluate(reward, media, prompts)
+    assert torch.equal(media, before)
+
+
+def test_a_differentiable_reward_has_gradients_and_the_others_promise_none(reward: Reward) -> None:
+    gradient = probe(reward, *batch(reward)).gradient
+    assert (gradient is not None and gradient > 0) == reward.differentiable
+
+
+def test_half_precision_media_are_accepted(reward: Reward) -> None:
+    media, prompts = batch(reward)
+    assert evaluate(reward, media.bfloat16(), prompts).scores.dtype == torch.float32
+
+
+def test_an_empty_batch_gives_no_scores(reward: Reward) -> None:
+    media, _ = batch(reward)
+    assert evaluate(reward, media[:0], []).scores.shape == (0,)
+
+
+def test_the_record_of_a_reward_is_json_and_names_it(reward: Reward) -> None:
+    record = json.loads(json.dumps(describe(reward)))
+    assert record["name"] == reward.name
+    assert record["spec"] == TABLE[reward.name]
+
+
+def test_every_case_is_a_reward_of_the_table() -> None:
+    assert set(CASES) == set(TABLE)
