@@ -119,10 +119,8 @@ def test_rapidocr_reads_nothing_on_an_empty_sign_and_scores_it_zero() -> None:
 
 
 def test_detection_finds_lines_from_top_to_bottom() -> None:
-    media = sign(("HOTEL", "BREAD"), height=128, width=256, size=40).unsqueeze(0)
-    reward = load("ocr", detect=True)
-    assert reward.read(torch.cat([media, torch.full_like(media, 0.5)])) == ["HOTEL BREAD", ""]
-    assert evaluate(reward, media, ['a sign with "HOTEL" above "BREAD"']).scores.item() == 1.0
+    media = sign(("TEA", "BUS"), height=128, width=128, size=40).unsqueeze(0)
+    assert load("ocr", detect=True).read(media) == ["TEA BUS"]
 
 
 def test_the_engine_and_its_version_are_recorded() -> None:
