@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -56,7 +56,9 @@ class StepRecord:
         sigma, sigma_next: noise levels before and after the step, 1 = noise, 0 = data.
         latents: (B, ...) float32, what entered the step.
         next_latents: (B, ...) float32, what the step returned.
-        log_prob: (B,) of `next_latents` under the policy that sampled it.
+        mean: (B, ...) float32, the transition's mean under the policy that sampled it.
+        log_prob: (B,) of `next_latents` under that policy.
+        mask: (B, ...) bool, False where the pipeline overwrites the latents after the step; None: nowhere.
     """
 
     index: int
@@ -65,7 +67,14 @@ class StepRecord:
     sigma_next: float
     latents: torch.Tensor
     next_latents: torch.Tensor
+    mean: torch.Tensor
     log_prob: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    def __getitem__(self, rows: torch.Tensor | list[int] | slice) -> StepRecord:
+        """The same step of some of the samples."""
+        tensors = {n: getattr(self, n)[rows] for n in ("latents", "next_latents", "mean", "log_prob")}
+        return replace(self, **tensors, mask=None if self.mask is None else self.mask[rows])
 
 
 @dataclass(frozen=True)

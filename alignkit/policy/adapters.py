@@ -6,9 +6,11 @@ touching `requires_grad` (peft's own switches do). With full fine-tuning they ar
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +45,28 @@ class LoRA:
 @dataclass(frozen=True)
 class Full:
     """All denoiser weights are trained; the reference is a frozen copy of them."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The adapter of one layer: its output gains alpha / rank * B A x.
+
+    Attributes:
+        a: (rank, in, ...).
+        b: (out, rank, ...).
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+Initial = Mapping[str, Mapping[str, Pair]]
+"""Adapters by component and layer name, to start from."""
 
 
 class Weights(Protocol):
@@ -96,13 +120,15 @@ def linear_targets(module: nn.Module, targets: str | tuple[str, ...]) -> list[st
     return chosen
 
 
-def weights_for(pipe: Any, train: LoRA | Full | None) -> Weights:
-    """The weights of `pipe` as `train` asks for them."""
+def weights_for(pipe: Any, train: LoRA | Full | None, initial: Initial | None = None) -> Weights:
+    """The weights of `pipe` as `train` asks for them; with `initial`, adapters of its layers, ranks and alphas."""
+    if initial is not None and not isinstance(train, LoRA):
+        raise RecipeError(f"init_lora with train={train!r}: a LoRA file starts an adapter; give train=LoRA()")
     match train:
         case None:
             return Untrained()
         case LoRA():
-            return LoRAWeights(denoisers(pipe), train)
+            return LoRAWeights(denoisers(pipe), train, initial)
         case Full():
             return FullWeights(denoisers(pipe))
     raise RecipeError(f"train={train!r}; expected LoRA(...), Full() or None")
@@ -137,31 +163,67 @@ class Untrained:
 class LoRAWeights:
     """Adapters on each denoiser; `using` chooses which one a layer adds to its base."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], config: LoRA) -> None:
-        self.modules, self.config = dict(modules), config
+    def __init__(self, modules: Mapping[str, nn.Module], config: LoRA, initial: Initial | None = None) -> None:
+        self.modules, self.config, self.initial = dict(modules), config, initial
+        if initial is not None:
+            pairs = [pair for layers in initial.values() for pair in layers.values()]
+            names = tuple(name for layers in initial.values() for name in layers)
+            rank, alpha = _commonest(pairs)
+            self.config = replace(config, rank=rank, alpha=alpha, targets=names)
+        peft_configs = {name: self._peft_config(name) for name in modules}  # before anything is changed
+        _refuse_merged(modules)
         self.flags = [(p, p.requires_grad) for m in modules.values() for p in m.parameters()]
         self.own_config = {n: vars(m).get("peft_config") for n, m in modules.items()}
-        self.users = {id(layer): list(layer.active_adapters) for layer in self._layers()}
+        self.switches = [(layer, layer._active_adapter, layer._disable_adapters) for layer in self._layers()]
+        self.users = {id(layer): [] if off else list(layer.active_adapters) for layer, _, off in self.switches}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            for module in modules.values():
-                self._inject(module, TRAINED)
+            for name, peft_config in peft_configs.items():
+                self._inject(name, TRAINED, peft_config)
+        self._fill()
         for parameter, _ in self.flags:
             parameter.requires_grad_(False)
         self._activate(TRAINED)
 
-    def _inject(self, module: nn.Module, name: str) -> None:
-        config = LoraConfig(
+    def _peft_config(self, name: str) -> LoraConfig | None:
+        """The configuration of component `name`'s adapters; None where the initial LoRA has none for it."""
+        if self.initial is None:
+            targets = linear_targets(self.modules[name], self.config.targets)
+            ranks, alphas = {}, {}
+        else:
+            layers = self.initial.get(name, {})
+            targets = list(layers)
+            ranks = {f"^{re.escape(k)}": p.rank for k, p in layers.items() if p.rank != self.config.rank}
+            alphas = {f"^{re.escape(k)}": p.alpha for k, p in layers.items() if p.alpha != self.config.alpha}
+        if not targets:
+            return None
+        return LoraConfig(
             r=self.config.rank,
             lora_alpha=self.config.alpha,  # type: ignore[arg-type]
-            target_modules=linear_targets(module, self.config.targets),
+            target_modules=targets,
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
             init_lora_weights=True,
         )
-        inject_adapter_in_model(config, module, adapter_name=name)
+
+    def _inject(self, name: str, adapter: str, config: LoraConfig | None) -> None:
+        if config is None:
+            return
+        module = self.modules[name]
+        inject_adapter_in_model(config, module, adapter_name=adapter)
         for layer in _tuner_layers(module):
             for parameters in (layer.lora_A, layer.lora_B):
-                if name in parameters:
-                    parameters[name].to(torch.float32).requires_grad_(name == TRAINED)
+                if adapter in parameters:
+                    parameters[adapter].to(torch.float32).requires_grad_(adapter == TRAINED)
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """Put the initial LoRA's values into the trained adapter."""
+        trained = self._tensors(TRAINED)
+        for part, layers in (self.initial or {}).items():
+            for path, pair in layers.items():
+                trained[f"{part}.{path}.lora_A"].copy_(pair.a)
+                trained[f"{part}.{path}.lora_B"].copy_(pair.b)
 
     def _layers(self) -> list[Any]:
         return [layer for module in self.modules.values() for layer in _tuner_layers(module)]
@@ -210,8 +272,8 @@ class LoRAWeights:
             active = [(layer, layer._active_adapter) for layer in self._layers()]
             flags = [(p, p.requires_grad) for m in self.modules.values() for p in m.parameters()]
             with torch.random.fork_rng(devices=[]):
-                for module in self.modules.values():
-                    self._inject(module, adapter)
+                for part in self.modules:
+                    self._inject(part, adapter, self._peft_config(part))
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             for layer, previous in active:
@@ -240,22 +302,45 @@ class LoRAWeights:
         for module in self.modules.values():
             for path, layer in list(module.named_modules()):
                 if isinstance(layer, BaseTunerLayer):
-                    _remove(module, path, layer, keep=self.users.get(id(layer), []))
+                    _remove(module, path, layer)
         for name, module in self.modules.items():
             if self.own_config[name] is None:
                 vars(module).pop("peft_config", None)
             else:
                 for adapter in (TRAINED, *COMPANIONS.values()):
                     self.own_config[name].pop(adapter, None)  # type: ignore[union-attr]
+        for layer, active, disabled in self.switches:
+            layer._active_adapter, layer._disable_adapters = active, disabled
         for parameter, flag in self.flags:
             parameter.requires_grad_(flag)
+
+
+def _commonest(pairs: list[Pair]) -> tuple[int, float]:
+    """The rank and alpha that most layers have."""
+    ranks, alphas = Counter(p.rank for p in pairs), Counter(p.alpha for p in pairs)
+    return ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
+
+
+def _refuse_merged(modules: Mapping[str, nn.Module]) -> None:
+    """A layer with a fused LoRA computes without any adapter: ours would do nothing.
+
+    Raises:
+        RecipeError: a LoRA was fused and its adapters are still there.
+    """
+    for name, module in modules.items():
+        merged = sorted({adapter for layer in _tuner_layers(module) for adapter in layer.merged_adapters})
+        if merged:
+            raise RecipeError(
+                f"{name} carries fused LoRA adapters {merged}, beside which no other adapter takes effect; call "
+                "pipe.unload_lora_weights() after pipe.fuse_lora() (the fused weights stay), or pipe.unfuse_lora()"
+            )
 
 
 def _tuner_layers(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
-def _remove(module: nn.Module, path: str, layer: Any, keep: list[str]) -> None:
+def _remove(module: nn.Module, path: str, layer: Any) -> None:
     """Take our adapters out of a layer; a layer that carries no adapter of the user's becomes its base again."""
     others = [name for name in layer.lora_A if name not in (TRAINED, *COMPANIONS.values())]
     if not others:
@@ -265,7 +350,6 @@ def _remove(module: nn.Module, path: str, layer: Any, keep: list[str]) -> None:
     for adapter in (TRAINED, *COMPANIONS.values()):
         if adapter in layer.lora_A:
             layer.delete_adapter(adapter)
-    layer._active_adapter = keep
 
 
 class FullWeights:

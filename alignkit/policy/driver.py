@@ -177,6 +177,28 @@ class Driver:
         single = not session.seen.enumerated
         return Layout(single, index, outputs, blends, samples[0].dtype)
 
+    def free_mask(self, cond: Conditioning) -> torch.Tensor | None:
+        """(B, ...) bool: positions of the latents that the loop keeps as `step` returned them; None where all are.
+
+        Found by two pretended iterations: what the second is given, against what the first returned.
+        """
+        if not cond.layout.blends:
+            return None
+        given: list[torch.Tensor] = []
+        returned: list[torch.Tensor] = []
+
+        def on_step(index: int, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if returned:
+                given.append(sample)
+                raise Stop
+            returned.append(torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample))
+            return returned[0], returned[0]
+
+        session = self.session(cond, visits=[Visit(0, pretend=True), Visit(1, pretend=True)], on_step=on_step)
+        session.observe(cond.layout.denoisers)
+        self.run(session, cond)
+        return given[0] == returned[0]
+
     # guidance
 
     def unguided(self, cond: Conditioning) -> Conditioning:

@@ -6,18 +6,21 @@ packing, expert switching and image conditioning are the pipeline's. Only the so
 
 from __future__ import annotations
 
+import copy
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 
 from alignkit.errors import PolicyError, RecipeError
 from alignkit.flow.path import velocity_from, x0_from_velocity
 from alignkit.flow.plan import Plan
-from alignkit.flow.transition import Noise, Transition, per_sample_generators
+from alignkit.flow.transition import Noise, Reduce, Transition, per_sample_generators
 from alignkit.policy.adapters import Full, LoRA, weights_for
 from alignkit.policy.conditioning import Conditioning
 from alignkit.policy.driver import Driver
@@ -261,12 +264,18 @@ class Policy:
     # whole runs
 
     @torch.no_grad()
-    def rollout(self, cond: Conditioning, plan: Plan, rng: Rng, *, poll: Poll | None = None) -> Rollouts:
+    def rollout(
+        self, cond: Conditioning, plan: Plan, rng: Rng, *, reduce: Reduce = "mean", poll: Poll | None = None
+    ) -> Rollouts:
         """Run the pipeline once, whole, with our solver; record the plan's stochastic steps.
+
+        Positions that the pipeline overwrites after every step (masks, fixed frames) get no noise and leave the
+        log-probability.
 
         Args:
             plan: `plan.num_steps` must be the grid's length.
             rng: one generator, or one per sample; initial latents and step noise come from it.
+            reduce: of the recorded log-probabilities over positions, "mean" or "sum".
             poll: called before every step; may raise to stop.
         """
         if plan.num_steps != len(cond.timesteps):
@@ -283,17 +292,19 @@ class Policy:
                 x = last[0]  # full precision, where the pipeline passed our latents on unchanged
             sigma = cond.sigmas[index]
             v = self._velocity(output, x, sigma)
-            transition = self._transition(v, x, index, cond, plan.noise_at(index), None)
+            transition = self._transition(v, x, index, cond, plan.noise_at(index), mask)
             stochastic = index in plan.stochastic
             next_latents = transition.sample(generators) if stochastic else transition.mean
             if stochastic:
-                log_prob = transition.log_prob(next_latents, reduce="mean")
+                log_prob = transition.log_prob(next_latents, reduce=reduce)
                 t, after = float(cond.timesteps[index]), float(cond.sigmas[index + 1])
-                records.append(StepRecord(index, t, float(sigma), after, x, next_latents, log_prob))
+                scored = (transition.mean, log_prob, mask)
+                records.append(StepRecord(index, t, float(sigma), after, x, next_latents, *scored))
             last[:] = [next_latents]
             return next_latents.to(sample), x0_from_velocity(self.path, v, x, sigma).to(sample)
 
         with self._lock:
+            mask = self.driver.free_mask(cond) if plan.stochastic else None
             session = self.driver.session(cond, visits=None, on_step=on_step)
             self.driver.run(session, cond, generators=generators)
         return Rollouts(last[0], tuple(records), cond.sigmas)
@@ -322,10 +333,6 @@ class Policy:
 
     def _bare(self, session: Session) -> None:
         """Decode without clamp (ours keeps the gradient), safety checker and watermark, on the copy only."""
-        import copy
-
-        from diffusers.image_processor import VaeImageProcessor
-
         for name, part in vars(self.pipe).items():
             if isinstance(part, VaeImageProcessor):
                 twin = copy.copy(part)
@@ -337,7 +344,7 @@ class Policy:
 
     def _say_bare_decode(self, name: str) -> None:
         if not self._said_bare_decode:
-            print(f"alignkit: training decodes without the pipeline's {name}; sampling with the pipeline keeps it")
+            warnings.warn(f"decode leaves out the pipeline's {name}; sampling with the pipeline keeps it", stacklevel=3)
             self._said_bare_decode = True
 
     def close(self) -> None:

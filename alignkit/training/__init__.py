@@ -1,0 +1,1 @@
+"""Training: one loop, thin trainers, runs that survive."""

@@ -1,0 +1,186 @@
+"""Before and after: the base, the base with guidance, the aligned model; samples, summary, adapters, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+
+from alignkit.evaluation.diversity import Diversity, within_groups
+from alignkit.evaluation.report import write_report
+from alignkit.policy import LoRA
+from alignkit.policy.lora_files import save_lora
+from alignkit.rewards import Weighted
+from alignkit.rewards.pixels import to_uint8
+from alignkit.training.assess import Assessment
+
+if TYPE_CHECKING:
+    from alignkit.training.run import Run
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """A reward that can say what it sees."""
+
+    def read(self, media: torch.Tensor) -> list[str]: ...
+
+
+def readers(judges: Weighted) -> dict[str, Reads]:
+    """The rewards and judges that read."""
+    return {name: reward for name, reward in judges.rewards.items() if isinstance(reward, Reads)}
+
+
+def measures(assessment: Assessment, judges: Weighted) -> dict[str, float]:
+    """Mean of every reward and judge; for readers with graded scores also the share of exact ones."""
+    found = assessment.means()
+    for name in readers(judges):
+        scores = assessment.scores.parts[name]
+        if bool(((scores > 0) & (scores < 1)).any()):
+            found[f"{name}_exact"] = float((scores >= 1).double().mean())
+    return found
+
+
+def baseline(run: Run) -> dict[str, Any]:
+    """The base: with our solver, with the pipeline's own scheduler, and with guidance switched on."""
+    recipe, call = run.recipe, dict(run.recipe.call)
+    with run.policy.reference():
+        plain = run.assess(run.held_out, call)
+        own = run.assess(run.held_out, call, own_scheduler=True)
+        record = {"ours": measures(plain, run.judges), "own_scheduler": measures(own, run.judges)}
+        write_samples(run, "base", "the pipeline as it was", plain)
+        if recipe.guidance_baseline:
+            guided = run.assess(run.held_out, {**call, **recipe.guidance_baseline})
+            words = ", ".join(f"{k}={v}" for k, v in recipe.guidance_baseline.items())
+            write_samples(run, "guidance", f"no training, only {words}", guided)
+            record["guidance"] = measures(guided, run.judges)
+        record["diversity"] = diversity(run)
+    return record
+
+
+def diversity(run: Run) -> dict[str, Any]:
+    """How much samples of one prompt differ, all of them and those that the rewards find right."""
+    recipe = run.recipe
+    if not recipe.diversity_prompts or recipe.diversity_samples < 2:
+        return {}
+    prompts = [p for p in run.held_out[: recipe.diversity_prompts] for _ in range(recipe.diversity_samples)]
+    found = run.assess(prompts, dict(recipe.call))
+    if found.media is None:
+        return {}
+    ids = {prompt: number for number, prompt in enumerate(dict.fromkeys(p.id for p in found.prompts))}
+    groups = torch.tensor([ids[p.id] for p in found.prompts])
+    right = right_samples(run.judges, found)
+    return {
+        "all": _plain(within_groups(found.media, groups)),
+        "right": _plain(within_groups(found.media, groups, right)),
+    }
+
+
+def _plain(found: Diversity) -> dict[str, Any]:
+    finite = {n: (v if v == v else None) for n, v in {"total": found.total, **found.parts}.items()}
+    return {"values": finite, "groups": found.groups}
+
+
+def right_samples(judges: Weighted, assessment: Assessment) -> torch.Tensor:
+    """(N,) bool: every trained reward that reads gives its full score."""
+    trained = [n for n in readers(judges) if judges.weights[n] != 0]
+    right = torch.ones(len(assessment.prompts), dtype=torch.bool)
+    for name in trained:
+        right &= assessment.scores.parts[name].cpu() >= 1
+    return right
+
+
+def write_samples(run: Run, name: str, note: str, assessment: Assessment) -> None:
+    """The first pictures of an assessment with what each reader read; the same prompts and seeds for every grid."""
+    if assessment.media is None or assessment.media.ndim != 4:
+        return
+    count = min(run.recipe.sample_prompts, len(assessment.prompts))
+    media, right = assessment.media[:count], right_samples(run.judges, assessment)
+    texts = {reader: reward.read(media) for reader, reward in readers(run.judges).items()}
+    folder = run.directory.samples / name
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for i, pixels in enumerate(to_uint8(media)):
+        file = folder / f"{i:02d}.png"
+        Image.fromarray(pixels).save(file)
+        pictures.append(
+            {
+                "file": f"{name}/{file.name}",
+                "prompt": str(assessment.prompts[i]),
+                "reads": {reader: read[i] for reader, read in texts.items()},
+                "right": bool(right[i]) if texts else None,
+            }
+        )
+    titles = {"base": "base", "guidance": "base with guidance", "aligned": "aligned"}
+    _index(run.directory.samples, {"title": titles[name], "note": note, "images": pictures})
+
+
+def _index(folder: Path, grid: dict[str, Any]) -> None:
+    file = folder / "index.json"
+    grids = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    order = ["base", "base with guidance", "aligned"]
+    kept = [g for g in grids if g["title"] != grid["title"]] + [grid]
+    file.write_text(json.dumps(sorted(kept, key=lambda g: order.index(g["title"])), indent=1), encoding="utf-8")
+
+
+@contextmanager
+def final_weights(run: Run) -> Iterator[None]:
+    """The weights that are handed over: the moving average where the recipe keeps one."""
+    if run.recipe.ema_decay is None:
+        yield
+        return
+    with run.policy.ema():
+        yield
+
+
+def write(run: Run) -> None:
+    """Assess the aligned model; write adapters (loaded back before they count as saved), summary and report."""
+    began, call, before = time.monotonic(), dict(run.recipe.call), run.state.baseline
+    with final_weights(run):
+        ours = run.assess(run.held_out, call)
+        own = measures(run.assess(run.held_out, call, own_scheduler=True), run.judges)
+        after = diversity(run)
+    write_samples(run, "aligned", f"after {run.state.step} rounds", ours)
+    found = measures(ours, run.judges)
+    trained = [n for n in found if run.judges.weights.get(n.removesuffix("_exact"), 0.0) != 0.0]
+    both = {name: {"before": before["ours"].get(name), "after": value} for name, value in found.items()}
+    summary = {
+        "recipe": type(run.recipe).__name__,
+        "seed": run.recipe.seed,
+        "wall_seconds": run.state.trained_seconds + time.monotonic() - began,
+        "train_seconds": run.state.trained_seconds,
+        "steps": run.state.step,
+        "held_out_prompts": len(run.held_out),
+        "rewards": {n: v for n, v in both.items() if n in trained},
+        "judges": {n: v for n, v in both.items() if n not in trained},
+        "own_scheduler": {n: {"before": before["own_scheduler"].get(n), "after": v} for n, v in own.items()},
+        "baselines": {"guidance": before["guidance"]} if "guidance" in before else {},
+        "diversity": _change(before["diversity"], after, "all"),
+        "diversity_right": _change(before["diversity"], after, "right"),
+        "reward_settings": run.judges.describe(),
+    }
+    run.directory.write_json("summary.json", summary)
+    if isinstance(run.recipe.train, LoRA):
+        save_lora(run.policy, run.directory.lora, ema=run.recipe.ema_decay is not None)
+        run.display.say(f"adapters saved and loaded back: {run.directory.lora}")
+    report = write_report(run.directory.folder)
+    for name, change in {**summary["rewards"], **summary["judges"]}.items():
+        run.display.say(f"{name}: {_number(change['before'])} -> {_number(change['after'])}")
+    run.display.say(f"report: {report}")
+
+
+def _change(before: dict[str, Any], after: dict[str, Any], which: str) -> dict[str, Any]:
+    if not before or not after:
+        return {"before": None, "after": None, "parts": {}}
+    old, new = before[which]["values"], after[which]["values"]
+    parts = {n: {"before": old[n], "after": new[n]} for n in old if n != "total"}
+    return {"before": old["total"], "after": new["total"], "parts": parts}
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
