@@ -1,6 +1,6 @@
 """How much the samples of one prompt differ, as one number and by parts, so that a loss has a name.
 
-A prompt leaves things open (shade, position, font, framing); alignment that fixes them has lost diversity even
+A prompt leaves things open (shade, position, font, framing); alignment that fixes them lost diversity even
 where every sample got better. Numbers are means over groups, and a group is the samples of one prompt.
 """
 

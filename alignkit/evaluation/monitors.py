@@ -1,0 +1,171 @@
+"""Sentences about what a run's record shows: improvement paid for elsewhere, lost diversity, training that stalled.
+
+Each monitor is a function from the record to findings; `FELL`, `NARROWED` and the other thresholds say when one speaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+from alignkit.evaluation.record import Change, RunRecord, as_changes, number
+
+FELL = 0.03  # relative fall of a reward or judge that is no longer called noise
+NARROWED = 0.8  # diversity after / before below which a loss is reported
+SHIFTED = 2.0  # base standard deviations by which an image statistic may move
+OFF_POLICY = 1e-3  # max |ratio - 1| at the first step above which sampling and training disagree
+NO_SIGNAL = 0.8  # share of groups without spread above which little is left to learn
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence for the top of the report; `severe` ones are shown in red."""
+
+    text: str
+    severe: bool = True
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """An image statistic of one grid: mean and standard deviation over its samples."""
+
+    mean: float
+    std: float
+
+
+def fell(change: Change) -> bool:
+    """Whether the number fell by more than `FELL` of its size."""
+    if change.before is None or change.after is None:
+        return False
+    return change.before - change.after > FELL * max(abs(change.before), abs(change.after)) + 1e-9
+
+
+def rose(change: Change) -> bool:
+    """Whether the number rose at all."""
+    return change.before is not None and change.after is not None and change.after > change.before
+
+
+def findings(record: RunRecord, statistics: Mapping[str, Mapping[str, Statistic]]) -> list[Finding]:
+    """Everything worth saying before the details, the severe findings first.
+
+    Args:
+        record: the run.
+        statistics: image statistics by grid title, the base first, as `report` computes them.
+    """
+    found = [
+        *_hacking(record),
+        *_guidance(record),
+        *_own_scheduler(record),
+        *_diversity(record),
+        *_statistics(statistics),
+        *_training(record),
+    ]
+    return sorted(found, key=lambda finding: not finding.severe)
+
+
+def _hacking(record: RunRecord) -> list[Finding]:
+    rewards, judges = record.changes("rewards"), record.changes("judges")
+    paid = ", ".join(name for name, change in rewards.items() if rose(change))
+    found = []
+    for name, change in judges.items():
+        if fell(change):
+            while_rising = f" while the trained reward rose ({paid}): a sign of reward hacking" if paid else ""
+            found.append(Finding(f"The judge {name}, never trained on, fell{_span(change)}{while_rising}."))
+    for name, change in rewards.items():
+        if fell(change):
+            found.append(Finding(f"The trained reward {name} fell{_span(change)}."))
+    return found
+
+
+def _guidance(record: RunRecord) -> list[Finding]:
+    found = []
+    for name, value in guidance_baseline(record).items():
+        change = record.changes("rewards").get(name) or record.changes("judges").get(name)
+        if change and change.after is not None and rose(change) and value >= change.after:
+            text = (
+                f"Guidance alone takes the base to {value:.3f} in {name}, no less than training ({change.after:.3f})."
+            )
+            found.append(Finding(text, severe=False))
+    return found
+
+
+def _own_scheduler(record: RunRecord) -> list[Finding]:
+    return [
+        Finding(f"With the pipeline's own scheduler {name} fell{_span(change)}.")
+        for name, change in record.changes("own_scheduler").items()
+        if fell(change)
+    ]
+
+
+def _diversity(record: RunRecord) -> list[Finding]:
+    entry = record.summary.get("diversity")
+    if not isinstance(entry, Mapping):
+        return []
+    total = as_changes({"total": entry}).get("total")
+    ratios = {name: ratio(change) for name, change in as_changes(entry.get("parts")).items()}
+    narrowed = {name: value for name, value in ratios.items() if value is not None and value < NARROWED}
+    whole = ratio(total) if total else None
+    if not narrowed and (whole is None or whole >= NARROWED):
+        return []
+    said = f"is {whole:.0%} of the base's" if whole is not None else "changed"
+    parts = ", ".join(f"{name} ({value:.0%})" for name, value in sorted(narrowed.items(), key=lambda item: item[1]))
+    which = f"; the parts that fell: {parts}" if parts else "; no single part fell below 80%"
+    return [Finding(f"Diversity within groups {said}{which}.", severe=bool(narrowed))]
+
+
+def _statistics(statistics: Mapping[str, Mapping[str, Statistic]]) -> list[Finding]:
+    if len(statistics) < 2:
+        return []
+    (base_title, base), *_, (title, last) = statistics.items()
+    moved = []
+    for name, value in last.items():
+        before = base.get(name)
+        if before is None:
+            continue
+        spread = sqrt(before.std**2 + 1e-6)  # a statistic that never varied must move by 0.002 to be named
+        if abs(value.mean - before.mean) > SHIFTED * spread:
+            moved.append(f"{name.replace('_', ' ')} {before.mean:.3f} to {value.mean:.3f}")
+    if not moved:
+        return []
+    return [Finding(f"Images of “{title}” left the range of “{base_title}”: {', '.join(moved)}.")]
+
+
+def _training(record: RunRecord) -> list[Finding]:
+    found = []
+    first = record.metrics.get("policy/ratio_max_dev")
+    if first and first.values and first.values[0] > OFF_POLICY:
+        text = (
+            f"At the first step max |ratio - 1| was {first.values[0]:.1e}; sampling and training should agree "
+            "to 1e-6 there. Usual causes: another precision or attention kernel in one of them."
+        )
+        found.append(Finding(text))
+    idle = record.metrics.get("groups/zero_std_fraction")
+    if idle and idle.values and idle.values[-1] >= NO_SIGNAL:
+        text = f"At the end {idle.values[-1]:.0%} of the groups had no spread in reward: little is left to learn."
+        found.append(Finding(text, severe=False))
+    skipped = [f"{key} ({series.skipped})" for key, series in record.metrics.items() if series.skipped]
+    if skipped:
+        found.append(Finding(f"Values that are not finite were logged: {', '.join(skipped)}."))
+    return found
+
+
+def guidance_baseline(record: RunRecord) -> dict[str, float]:
+    """`baselines.guidance` of the summary: what the untrained base reaches with guidance, by reward name."""
+    baselines = record.summary.get("baselines")
+    guidance = baselines.get("guidance") if isinstance(baselines, Mapping) else None
+    if not isinstance(guidance, Mapping):
+        return {}
+    values = {str(name): number(value) for name, value in guidance.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def ratio(change: Change) -> float | None:
+    """after / before, where both were measured and before is positive."""
+    if change.before is None or change.after is None or change.before <= 0:
+        return None
+    return change.after / change.before
+
+
+def _span(change: Change) -> str:
+    return f" from {change.before:.3f} to {change.after:.3f}"

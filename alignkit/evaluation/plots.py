@@ -1,0 +1,98 @@
+"""Curves as SVG text for a page: no pyplot, no global state, text stays text."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alignkit.evaluation.record import Series
+
+TRAINED = "#2563a8"
+HELD_OUT = "#c2570c"
+OTHERS = ("#4b5563", "#0f766e", "#7c3aed", "#9d174d")
+GUIDANCE = "#6b7280"
+SMALLEST_SPAN = 0.1  # of the vertical axis, as a share of the largest value
+
+_STYLE: dict[Any, Any] = {  # matplotlib types the keys as a literal of its own
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "text.parse_math": False,  # a `$` in a name is a dollar
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.labelcolor": "#4b5563",
+    "xtick.color": "#6b7280",
+    "ytick.color": "#6b7280",
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.6,
+}
+
+
+def line_plot(lines: Mapping[str, Series], colours: Sequence[str], levels: Mapping[str, float] | None = None) -> str:
+    """One panel of curves over steps, as an `<svg>` element.
+
+    Args:
+        lines: by label, in drawing order; each needs at least one point.
+        colours: one per line.
+        levels: labelled dashed horizontal lines.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "/".join(lines)}):
+        figure = Figure(figsize=(3.7, 2.15))
+        figure.subplots_adjust(left=0.135, right=0.98, top=0.97, bottom=0.17)
+        axes = figure.add_subplot()
+        for (label, series), colour in zip(lines.items(), colours, strict=True):
+            _draw(axes, label, series, colour)
+        for label, value in (levels or {}).items():
+            axes.axhline(value, color=GUIDANCE, linewidth=1, linestyle=(0, (4, 3)), label=label)
+        axes.set_xlabel("step", labelpad=1)
+        axes.margins(x=0.02)
+        axes.yaxis.set_major_formatter("{x:.4g}")  # no multiplier above the axis, where there is no room
+        _widen(axes, SMALLEST_SPAN * max(abs(value) for series in lines.values() for value in series.values))
+        if len(lines) + len(levels or {}) > 1:
+            axes.legend(frameon=False, fontsize=7.5, handlelength=1.4, borderaxespad=0.1)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    return _element(text.getvalue())
+
+
+def _draw(axes, label: str, series: Series, colour: str) -> None:
+    """Few points get markers; many noisy ones a faint line under their running mean."""
+    many = len(series.values) > 20
+    if not many:
+        axes.plot(series.steps, series.values, color=colour, linewidth=1.5, marker="o", markersize=2.6, label=label)
+        return
+    axes.plot(series.steps, series.values, color=colour, linewidth=0.7, alpha=0.35)
+    axes.plot(series.steps, running_mean(series.values), color=colour, linewidth=1.6, label=label)
+
+
+def _widen(axes, span: float) -> None:
+    """Show at least `span` of the vertical axis, so that a change of one percent does not look like a collapse."""
+    low, high = axes.get_ylim()
+    spare = (span - (high - low)) / 2
+    if spare > 0:
+        axes.set_ylim(low - spare, high + spare)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Mean over a centred window of a tenth of the run; the window is cut at the ends."""
+    half = max(1, len(values) // 20)
+    means = []
+    for i in range(len(values)):
+        window = values[max(0, i - half) : i + half + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def _element(svg: str) -> str:
+    """The `<svg>` element alone, with a size that follows its box."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1).strip()
