@@ -1,7 +1,7 @@
 """Trained, reference, old and EMA weights on one base.
 
 With LoRA they are adapters: nothing of the base is copied, and switching sets which adapters a layer adds, without
-touching `requires_grad` (peft's own switches do). With full fine-tuning they are copies of the denoiser's weights.
+touching `requires_grad` (peft's own switches do). With full fine-tuning they are copies (`full_weights.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from alignkit.errors import PolicyError, RecipeError
+from alignkit.policy.full_weights import FullWeights
 
 TRAINED = "alignkit"
 COMPANIONS = {"old": "alignkit_old", "ema": "alignkit_ema"}
@@ -249,11 +250,16 @@ class LoRAWeights:
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
         adapter = None if name == "reference" else self._companion(name)
+        with self.only(adapter), torch.set_grad_enabled(torch.is_grad_enabled() and name == "reference"):
+            yield
+
+    @contextmanager
+    def only(self, adapter: str | None) -> Iterator[None]:
+        """Context: of all adapters that are not the user's, this one alone takes effect."""
         active = [(layer, layer._active_adapter) for layer in self._layers()]
         self._activate(adapter)
         try:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name == "reference"):
-                yield
+            yield
         finally:
             for layer, previous in active:
                 layer._active_adapter = previous
@@ -298,6 +304,13 @@ class LoRAWeights:
         for key, tensor in own.items():
             tensor.copy_(state[key])
 
+    def remove(self, part: str, adapter: str) -> None:
+        """Take one adapter out of a component that keeps others."""
+        for layer in _tuner_layers(self.modules[part]):
+            if adapter in layer.lora_A:
+                layer.delete_adapter(adapter)
+        vars(self.modules[part])["peft_config"].pop(adapter, None)
+
     def close(self) -> None:
         for module in self.modules.values():
             for path, layer in list(module.named_modules()):
@@ -313,6 +326,18 @@ class LoRAWeights:
             layer._active_adapter, layer._disable_adapters = active, disabled
         for parameter, flag in self.flags:
             parameter.requires_grad_(flag)
+
+
+def layer_pairs(modules: Mapping[str, nn.Module], adapter: str) -> dict[str, dict[str, Pair]]:
+    """One adapter's values by component and layer; views, detached."""
+    found: dict[str, dict[str, Pair]] = {part: {} for part in modules}
+    for part, module in modules.items():
+        for path, layer in module.named_modules():
+            if isinstance(layer, BaseTunerLayer) and adapter in layer.lora_A:  # type: ignore[operator]
+                a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight  # type: ignore[index]
+                alpha = float(layer.scaling[adapter] * layer.r[adapter])  # type: ignore[index]
+                found[part][path] = Pair(a.detach(), b.detach(), alpha)
+    return found
 
 
 def _commonest(pairs: list[Pair]) -> tuple[int, float]:
@@ -350,67 +375,3 @@ def _remove(module: nn.Module, path: str, layer: Any) -> None:
     for adapter in (TRAINED, *COMPANIONS.values()):
         if adapter in layer.lora_A:
             layer.delete_adapter(adapter)
-
-
-class FullWeights:
-    """The denoisers' own weights; reference, old and EMA are copies that `using` puts in their place."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.modules = dict(modules)
-        self.trained = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters()}
-        self.flags = {k: p.requires_grad for k, p in self.trained.items()}
-        for parameter in self.trained.values():
-            parameter.requires_grad_(True)
-        self.copies: dict[str, dict[str, nn.Parameter]] = {"reference": self._copy()}
-
-    def _copy(self) -> dict[str, nn.Parameter]:
-        return {k: nn.Parameter(p.detach().clone(), requires_grad=False) for k, p in self.trained.items()}
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self.trained.values())
-
-    def _place(self, tensors: Mapping[str, nn.Parameter]) -> None:
-        for key, parameter in tensors.items():
-            part, _, path = key.partition(".")
-            owner, _, leaf = path.rpartition(".")
-            self.modules[part].get_submodule(owner)._parameters[leaf] = parameter
-
-    @contextmanager
-    def using(self, name: str) -> Iterator[None]:
-        if name not in self.copies:
-            raise PolicyError(f'there are no {name!r} weights yet; policy.snapshot("{name}") makes them')
-        self._place(self.copies[name])
-        try:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name == "reference"):
-                yield
-        finally:
-            self._place(self.trained)
-
-    @torch.no_grad()
-    def snapshot(self, name: str, decay: float) -> None:
-        if name not in self.copies:
-            self.copies[name] = self._copy()
-            return
-        for key, tensor in self.copies[name].items():
-            tensor.lerp_(self.trained[key], 1.0 - decay)
-
-    def state(self) -> dict[str, torch.Tensor]:
-        sets = {"trained": self.trained, **{n: c for n, c in self.copies.items() if n != "reference"}}
-        return {f"{n}/{k}": v.detach() for n, tensors in sets.items() for k, v in tensors.items()}
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name in COMPANIONS:
-            if any(key.startswith(f"{name}/") for key in state) and name not in self.copies:
-                self.copies[name] = self._copy()
-        own = self.state()
-        if own.keys() != state.keys():
-            raise PolicyError(f"the saved weights do not fit: {len(state)} tensors for {len(own)} in the model")
-        for key, tensor in own.items():
-            tensor.copy_(state[key])
-
-    def close(self) -> None:
-        """Trained weights stay (they are the pipeline's own now); flags go back."""
-        self.copies.clear()
-        for key, parameter in self.trained.items():
-            parameter.requires_grad_(self.flags[key])

@@ -29,7 +29,7 @@ SDPA = "native"
 CPU = (SDPA, "_native_math", "_native_flash")
 """Backends with a forward and a backward on a CPU."""
 
-KERNELS = ("scaled_dot_product", "flash", "efficient_attention", "xformers", "flex_attention", "sage", "cudnn_attention")
+KERNELS = ("scaled_dot_product", "flash", "efficient_attention", "xformers", "flex_attention", "sage")
 """Parts of the names of operators that compute attention in one piece."""
 
 PROOF: Mapping[str, tuple[str, ...]] = {

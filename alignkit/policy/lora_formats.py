@@ -123,13 +123,12 @@ def match(tensors: Mapping[str, torch.Tensor], modules: Mapping[str, nn.Module])
 
 def layer_names(module: nn.Module) -> set[str]:
     """Names of the layers with a weight matrix, as they are without adapters."""
-    found = (n for n, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d))
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    found = (name for name, layer in module.named_modules() if isinstance(layer, kinds))
     return {name.removesuffix(".base_layer") for name in found if "lora_" not in name}
 
 
-def _home(
-    name: str, names: Mapping[str, set[str]], flat: Mapping[str, Mapping[str, str]]
-) -> tuple[str, str] | None:
+def _home(name: str, names: Mapping[str, set[str]], flat: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
     """The (component, layer) that a key without its role means."""
     parts = list(names)
     while True:
@@ -151,13 +150,13 @@ def _home(
 def _pair(
     file: Path, part: str, layer: str, roles: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], module: nn.Module
 ) -> Pair:
-    missing = sorted({"a", "b"} - roles.keys())
+    missing = sorted(role.upper() for role in {"a", "b"} - roles.keys())
     if missing:
-        raise RecipeError(f"{file.name} has no {' and no '.join(f'lora_{m.upper()}' for m in missing)} for {part}.{layer}")
+        raise RecipeError(f"{file.name} is not complete: {part}.{layer} has no lora_{' and no lora_'.join(missing)}")
     a, b = roles["a"].float(), roles["b"].float()
     rank = a.shape[0]
     owner = module.get_submodule(layer)
-    weight = owner.get_parameter("base_layer.weight") if "base_layer" in owner._modules else owner.get_parameter("weight")
+    weight = owner.get_parameter("base_layer.weight" if "base_layer" in owner._modules else "weight")
     fits = b.shape[:2] == (weight.shape[0], rank) and a.shape[1:] == weight.shape[1:]
     if not fits:
         raise RecipeError(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from alignkit.errors import PolicyError, RecipeError
 from alignkit.flow.path import velocity_from, x0_from_velocity
 from alignkit.flow.plan import Plan
 from alignkit.flow.transition import Noise, Reduce, Transition, per_sample_generators
-from alignkit.policy.adapters import Full, LoRA, weights_for
+from alignkit.policy.adapters import Full, LoRA, denoisers, weights_for
+from alignkit.policy.attention import ChosenAttention, resolve
 from alignkit.policy.conditioning import Conditioning
 from alignkit.policy.driver import Driver
+from alignkit.policy.lora_formats import load_lora
+from alignkit.policy.memory import Offloaded, offload_encoders, remember
 from alignkit.policy.session import Call, Session, Stop, Visit, mix_arguments
 from alignkit.types import Prompt, Rollouts, StepRecord
 
@@ -38,23 +42,50 @@ class Policy:
         pipe: a loaded `DiffusionPipeline`. It is left as it was: `close()` (or the context manager) removes adapters
             and restores flags; all runs happen on shallow copies.
         train: `LoRA(...)` for adapters, `Full()` for all denoiser weights, None for inference only.
+        init_lora: a LoRA file or folder (diffusers, kohya or PEFT keys) whose layers, ranks, alphas and values the
+            trained adapter starts from. `reference()` is the pipeline without it; LoRAs that the pipeline has loaded
+            itself stay active beside it, frozen.
+        attention: "auto", "sdpa", "xformers", or a backend of diffusers; see `attention.resolve`. What really ran is
+            checked at the first `condition` and kept in `policy.attention.kernels`.
 
     Raises:
         PolicyError: the pipeline does something alignkit cannot drive; the message says what.
     """
 
-    def __init__(self, pipe: Any, train: LoRA | Full | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        train: LoRA | Full | None = None,
+        *,
+        init_lora: str | Path | None = None,
+        attention: str = "auto",
+    ) -> None:
         self.pipe = pipe
         self.driver = Driver(pipe)
+        resolve(attention, self.driver.device, training=train is not None)
+        initial = None if init_lora is None else load_lora(init_lora, pipe)
         self.path, self.prediction = self.driver.grid.path, self.driver.grid.prediction
-        self.weights = weights_for(pipe, train)
+        self._put_back = remember(pipe)
+        self.weights = weights_for(pipe, train, initial)
+        self.attention = ChosenAttention(denoisers(pipe), attention, self.driver.device, training=train is not None)
+        self._offloaded: Offloaded | None = None
         self._lock = threading.RLock()
         self._said_bare_decode = False
+        self._closed = False
 
     @classmethod
-    def from_pretrained(cls, model: str, train: LoRA | Full | None = None, **kwargs: Any) -> Policy:
+    def from_pretrained(
+        cls,
+        model: str,
+        train: LoRA | Full | None = None,
+        *,
+        init_lora: str | Path | None = None,
+        attention: str = "auto",
+        **kwargs: Any,
+    ) -> Policy:
         """`DiffusionPipeline.from_pretrained(model, **kwargs)` as a policy."""
-        return cls(DiffusionPipeline.from_pretrained(model, **kwargs), train)
+        pipe = DiffusionPipeline.from_pretrained(model, **kwargs)
+        return cls(pipe, train, init_lora=init_lora, attention=attention)
 
     # weights
 
@@ -107,8 +138,24 @@ class Policy:
         seeds = [seed + i for i in range(len(named))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(named):
             raise RecipeError(f"{len(seeds)} seeds for {len(named)} prompts; give one seed or one per prompt")
-        with self._lock:
+        with self._lock, self._onloaded(), self.attention.observing():
             return self.driver.condition(named, num_steps, seeds, call)
+
+    def offload_encoders(self, keep: Collection[str] = ()) -> Offloaded:
+        """Move text and image encoders off the accelerator, except the components in `keep` (those that an active
+        self-reward needs). They come back for the time of each later `condition`; `close` brings them back for good.
+
+        Returns:
+            what was moved, the bytes freed, and a sentence that says so.
+        """
+        with self._lock:
+            if self._offloaded is not None:
+                self._offloaded.restore()
+            self._offloaded = offload_encoders(self.pipe, keep)
+            return self._offloaded
+
+    def _onloaded(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._offloaded is None else self._offloaded.onloaded()
 
     # denoising
 
@@ -348,8 +395,15 @@ class Policy:
             self._said_bare_decode = True
 
     def close(self) -> None:
-        """Put back everything that sharing modules could have changed."""
+        """Put back everything that sharing modules could have changed; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self.attention.close()
         self.weights.close()
+        if self._offloaded is not None:
+            self._offloaded.restore()
+        self._put_back()
 
     def __enter__(self) -> Policy:
         return self
