@@ -54,6 +54,7 @@ def test_a_random_subset_has_its_size_and_reaches_every_trainable_step():
         assert len(steps) == 4
         seen |= steps
     assert seen == set(range(9))
+    assert plan.random_subset(10, 3, generator, NOISE, first=4, last=6).stochastic == {4, 5, 6}
 
 
 def test_a_sliding_window_visits_every_trainable_step_and_begins_again():

@@ -74,11 +74,14 @@ def test_given_noise_is_used_as_it_is():
 
 
 def test_with_a_generator_each_sample_i_does_not_depend_on_the_batch():
-    whole = some().sample(per_sample_generators(rng(7), 3))
-    first_two = some()
-    first_two = Transition(first_two.mean[:2], first_two.std).sample(per_sample_generators(rng(7), 2))
-    assert torch.equal(whole[:2], first_two)
-    assert not torch.equal(whole[0] - some().mean[0], whole[1] - some().mean[1])
+    transition = some()
+    whole = transition.sample(per_sample_generators(rng(7), 3))
+    for i in range(3):
+        own = per_sample_generators(rng(7), i + 1)[i]
+        alone = Transition(transition.mean[i : i + 1], transition.std).sample([own])
+        assert torch.equal(whole[i : i + 1], alone)
+    noise = whole - transition.mean
+    assert not torch.allclose(noise[0], noise[1])
 
 
 def test_a_wrong_number_of_generators_is_refused():
