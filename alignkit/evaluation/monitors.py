@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 from alignkit.evaluation.record import Change, RunRecord, as_changes, number
 
 FELL = 0.03  # relative fall of a reward or judge that is no longer called noise
 NARROWED = 0.8  # diversity after / before below which a loss is reported
 SHIFTED = 2.0  # base standard deviations by which an image statistic may move
-OFF_POLICY = 1e-3  # max |ratio - 1| at the first step above which sampling and training disagree
+OFF_POLICY = 1e-3  # max |ratio - 1| before any update above which sampling and training disagree
 NO_SIGNAL = 0.8  # share of groups without spread above which little is left to learn
+NOTHING = Change(None, None)
 
 
 @dataclass(frozen=True)
@@ -99,19 +101,24 @@ def _own_scheduler(record: RunRecord) -> list[Finding]:
 
 
 def _diversity(record: RunRecord) -> list[Finding]:
-    entry = record.summary.get("diversity")
+    """Diversity also falls when failures vanish; among right samples a fall is a loss."""
+    right = _narrowing(record.summary.get("diversity_right"), "Among samples that are right, diversity", True)
+    measured = bool(as_changes({"right": record.summary.get("diversity_right")}).get("right", NOTHING).after)
+    return [*right, *_narrowing(record.summary.get("diversity"), "Diversity of all samples", not measured)]
+
+
+def _narrowing(entry: Any, subject: str, severe: bool) -> list[Finding]:
     if not isinstance(entry, Mapping):
         return []
-    total = as_changes({"total": entry}).get("total")
+    whole = ratio(as_changes({"whole": entry})["whole"])
     ratios = {name: ratio(change) for name, change in as_changes(entry.get("parts")).items()}
     narrowed = {name: value for name, value in ratios.items() if value is not None and value < NARROWED}
-    whole = ratio(total) if total else None
     if not narrowed and (whole is None or whole >= NARROWED):
         return []
     said = f"is {whole:.0%} of the base's" if whole is not None else "changed"
     parts = ", ".join(f"{name} ({value:.0%})" for name, value in sorted(narrowed.items(), key=lambda item: item[1]))
-    which = f"; the parts that fell: {parts}" if parts else "; no single part fell below 80%"
-    return [Finding(f"Diversity within groups {said}{which}.", severe=bool(narrowed))]
+    which = f"; the parts that fell: {parts}" if parts else f"; no single part fell below {NARROWED:.0%}"
+    return [Finding(f"{subject} within groups {said}{which}.", severe and bool(narrowed))]
 
 
 def _statistics(statistics: Mapping[str, Mapping[str, Statistic]]) -> list[Finding]:
@@ -133,11 +140,11 @@ def _statistics(statistics: Mapping[str, Mapping[str, Statistic]]) -> list[Findi
 
 def _training(record: RunRecord) -> list[Finding]:
     found = []
-    first = record.metrics.get("policy/ratio_max_dev")
-    if first and first.values and first.values[0] > OFF_POLICY:
+    first = record.metrics.get("policy/ratio_first_dev")
+    if first and first.values and max(first.values) > OFF_POLICY:
         text = (
-            f"At the first step max |ratio - 1| was {first.values[0]:.1e}; sampling and training should agree "
-            "to 1e-6 there. Usual causes: another precision or attention kernel in one of them."
+            f"Before any update max |ratio - 1| reached {max(first.values):.1e}; sampling and training should agree "
+            "to 1e-6 there in float32. Usual causes: another precision or attention kernel in one of them."
         )
         found.append(Finding(text))
     idle = record.metrics.get("groups/zero_std_fraction")

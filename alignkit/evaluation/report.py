@@ -109,7 +109,7 @@ def render(record: RunRecord) -> str:
     measured = {grid.title: statistics(grid.pictures[:MAX_PICTURES]) for grid in record.grids}
     measured = {title: values for title, values in measured.items() if values}
     return environment.get_template("report.html.j2").render(
-        name=str(record.summary.get("recipe") or record.recipe.get("name") or record.folder.name),
+        name=record.folder.resolve().name,
         summary=record.summary,
         steps=max((series.steps[-1] for series in record.metrics.values() if series.steps), default=None),
         missing=record.missing,
@@ -121,7 +121,7 @@ def render(record: RunRecord) -> str:
         reward_panels=reward_panels(record),
         policy_panels=policy_panels(record.metrics),
         statistics=statistics_table(measured),
-        parts=diversity_parts(record),
+        diversity=[(title, parts) for title, parts in diversity_tables(record) if parts],
         env=[(key, masked(value)) for key, value in flat(record.env) if key != "command"],
         recipe=masked(json.dumps(record.recipe, indent=2, ensure_ascii=False)) if record.recipe else "",
         commands=commands(record),
@@ -182,7 +182,7 @@ def policy_panels(metrics: Mapping[str, Series]) -> list[Panel]:
     """KL and ratio first, the clip fractions together, then every other metric that is not a reward."""
     together = {
         "KL to the reference": ["policy/kl"],
-        "max |ratio - 1|": ["policy/ratio_max_dev"],
+        "max |ratio - 1|": ["policy/ratio_first_dev", "policy/ratio_max_dev"],
         "clipped share": ["policy/clip_low", "policy/clip_high"],
         "groups without spread": ["groups/zero_std_fraction"],
     }
@@ -204,12 +204,19 @@ def statistics_table(measured: Mapping[str, Mapping[str, Statistic]]) -> dict[st
     return {"titles": list(measured), "rows": rows}
 
 
-def diversity_parts(record: RunRecord) -> list[Part]:
-    """The whole, then its parts."""
-    entry = record.summary.get("diversity")
+def diversity_tables(record: RunRecord) -> list[tuple[str, list[Part]]]:
+    """Of all samples, and of those that a judge finds right, where the run measured them."""
+    titles = {"diversity": "All samples", "diversity_right": "Only samples that are right"}
+    return [(title, diversity_parts(record.summary.get(key))) for key, title in titles.items()]
+
+
+def diversity_parts(entry: Any) -> list[Part]:
+    """The whole, then its parts; empty where nothing was measured."""
     if not isinstance(entry, Mapping):
         return []
     changes = {**as_changes({"all pixels": entry}), **as_changes(entry.get("parts"))}
+    if all(change.before is None and change.after is None for change in changes.values()):
+        return []
     ratios = {name: monitors.ratio(change) for name, change in changes.items()}
     return [
         Part(name, change, ratios[name], (ratios[name] or 1.0) < monitors.NARROWED) for name, change in changes.items()
@@ -223,7 +230,8 @@ def commands(record: RunRecord) -> list[tuple[str, str]]:
     again = f"alignkit run {shlex.quote(place + '/recipe.json')} --out {shlex.quote(place + '-again')}"
     started = record.env.get("command")
     if isinstance(started, list):
-        started = shlex.join(str(word) for word in started)
+        words = [str(word) for word in started]
+        started = shlex.join([Path(words[0]).name, *words[1:]]) if words else ""
     first = [("Started with", masked(str(started)))] if started else []
     return [*first, ("Repeat it with", again), ("Make this page again with", f"alignkit report {shlex.quote(place)}")]
 

@@ -43,16 +43,24 @@ def _summary(hacking: bool, colour_after: float) -> dict:
     judges = {"exact": {"before": 0.371, "after": 0.876}, "tesseract": {"before": 0.371, "after": 0.835}}
     colour = {"color": {"before": 0.99, "after": colour_after}}
     parts = {"brightness": (0.039, 0.033), "position": (0.021, 0.013), "shape": (0.82, 0.71), "colour": (0.01, 0.011)}
+    right = {"brightness": (0.038, 0.035), "position": (0.02, 0.017), "shape": (0.8, 0.5), "colour": (0.01, 0.011)}
     return {
-        "recipe": "hacking" if hacking else "quickstart",
+        "recipe": "FlowGRPO",
         "seed": 0,
-        "wall_seconds": 117.4,
+        "held_out_prompts": 97,
+        "train_seconds": 102.9,
+        "wall_seconds": 137.4,
         "rewards": rewards if hacking else rewards | colour,
         "judges": judges | colour if hacking else judges,
         "diversity": {
             "before": 0.131,
             "after": 0.072,
             "parts": {name: {"before": b, "after": a} for name, (b, a) in parts.items()},
+        },
+        "diversity_right": {
+            "before": 0.074,
+            "after": 0.066,
+            "parts": {name: {"before": b, "after": a} for name, (b, a) in right.items()},
         },
         "baselines": {"guidance": {"ocr": 0.83, "exact": 0.73, "tesseract": 0.71, "color": 0.99}},
         "own_scheduler": {
@@ -72,7 +80,8 @@ def _metrics(rng: Random, steps: int, colour_after: float) -> list[dict]:
             row["reward/ocr"] = 0.66 + 0.27 * done + rng.gauss(0, 0.025)
             row["reward/total"] = row["reward/ocr"] + 0.5
             row["policy/kl"] = 0.004 * done * (1 + rng.random() / 4)
-            row["policy/ratio_max_dev"] = 2e-7 if step == 1 else 4e-4 * (1 + rng.random())
+            row["policy/ratio_first_dev"] = 2e-7 * rng.random()
+            row["policy/ratio_max_dev"] = 4e-4 * (1 + rng.random())
             row["policy/clip_low"], row["policy/clip_high"] = 0.01 * rng.random(), 0.01 * rng.random()
             row["policy/grad_norm"] = 0.5 + rng.random() / 4
             row["groups/zero_std_fraction"] = 0.1 + 0.4 * done

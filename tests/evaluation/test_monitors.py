@@ -20,7 +20,7 @@ def said(tmp_path: Path, summary: dict, metrics: list[dict] | None = None, stati
 
 
 def test_nothing_is_said_about_a_run_that_only_improved(tmp_path: Path) -> None:
-    assert said(tmp_path, STEADY, [{"policy/ratio_max_dev": 1e-7}]) == ""
+    assert said(tmp_path, STEADY, [{"policy/ratio_first_dev": 1e-7, "policy/ratio_max_dev": 0.2}]) == ""
 
 
 def test_a_judge_that_falls_while_the_reward_rises_is_called_reward_hacking(tmp_path: Path) -> None:
@@ -37,6 +37,18 @@ def test_the_part_of_diversity_that_fell_is_named(tmp_path: Path) -> None:
     assert "the parts that fell: position (50%)" in text and "shape" not in text
 
 
+def test_a_fall_that_vanished_failures_explain_is_not_severe(tmp_path: Path) -> None:
+    parts = {"shape": {"before": 0.8, "after": 0.4}}
+    all_samples = {"before": 0.13, "after": 0.07, "parts": parts}
+    summary = {"diversity": all_samples, "diversity_right": {"before": 0.07, "after": 0.07, "parts": {}}}
+    (tmp_path / "summary.json").write_text(json.dumps(STEADY | summary))
+    (finding,) = [f for f in findings(read_run(tmp_path), {}) if "iversity" in f.text]
+    assert finding.text.startswith("Diversity of all samples") and not finding.severe
+    (tmp_path / "summary.json").write_text(json.dumps(STEADY | {"diversity_right": all_samples}))
+    (finding,) = [f for f in findings(read_run(tmp_path), {}) if "iversity" in f.text]
+    assert finding.text.startswith("Among samples that are right") and finding.severe
+
+
 def test_guidance_that_does_as_well_as_training_is_said(tmp_path: Path) -> None:
     assert "Guidance alone" in said(tmp_path, STEADY | {"baselines": {"guidance": {"ocr": 0.92}}})
     assert "Guidance alone" not in said(tmp_path, STEADY | {"baselines": {"guidance": {"ocr": 0.8}}})
@@ -48,7 +60,8 @@ def test_a_fall_with_the_pipelines_own_scheduler_is_said(tmp_path: Path) -> None
 
 
 def test_a_ratio_that_is_off_before_any_update_is_said(tmp_path: Path) -> None:
-    assert "max |ratio - 1| was 5.0e-03" in said(tmp_path, STEADY, [{"policy/ratio_max_dev": 5e-3}])
+    rows = [{"policy/ratio_first_dev": 1e-7}, {"policy/ratio_first_dev": 5e-3}]
+    assert "max |ratio - 1| reached 5.0e-03" in said(tmp_path, STEADY, rows)
 
 
 def test_values_that_are_not_finite_and_idle_groups_are_said(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_damaged_file_does_not_stop_the_report(run: Path, name: str, content: 
 
 @pytest.mark.parametrize("entry", [3, "text", [1], {"ocr": 0.5}, {"ocr": {"before": "high", "after": None}}, None])
 def test_a_summary_with_entries_of_another_form_does_not_stop_the_report(run: Path, entry: object) -> None:
-    kinds = ("rewards", "judges", "diversity", "baselines", "own_scheduler", "wall_seconds", "seed")
+    kinds = ("rewards", "judges", "diversity", "diversity_right", "baselines", "own_scheduler", "wall_seconds", "seed")
     change(run / "summary.json", **dict.fromkeys(kinds, entry))
     assert "quickstart" in page(run).text
 
@@ -181,8 +181,9 @@ def test_a_card_places_its_numbers_on_one_scale() -> None:
 
 def test_commands_are_quoted_and_secrets_are_masked(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs" / "a run; rm")
-    change(run / "env.json", command=["alignkit", "run", "x", "--token", "hf_abcdefghijklmnop"])
+    change(run / "env.json", command=["/somewhere/bin/alignkit", "run", "x", "--token", "hf_abcdefghijklmnop"])
     said = dict(commands(read_run(run)))
+    assert said["Started with"] == "alignkit run x --token •••"
     assert said["Repeat it with"] == "alignkit run 'runs/a run; rm/recipe.json' --out 'runs/a run; rm-again'"
     change(run / "recipe.json", server="https://user:secret@judge.example", key="sk-abcdefghijkl")
     html = write_report(run).read_text()
