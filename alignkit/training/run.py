@@ -281,7 +281,7 @@ def policy_of(recipe: Recipe, runtime: Runtime) -> Policy:
     """The recipe's pipeline on this process's device, with its trained weights."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(resolved(recipe.model), torch_dtype=runtime.dtype).to(runtime.device)
+    pipe = DiffusionPipeline.from_pretrained(resolved(recipe.model), dtype=runtime.dtype).to(runtime.device)
     return Policy(pipe, recipe.train)
 
 

@@ -74,7 +74,7 @@ class Runtime:
                 self.scaler.update(self.scaler.get_scale() / 2)
                 return float("nan")
             raise AlignkitError(
-                f"the gradient norm is {float(norm)}; the weights were left as they were. Usual causes: a reward or "
+                f"the gradient norm is not finite ({float(norm)}); the weights were left as they were. Usual causes: a reward or "
                 "decoder in fp16 (use bf16 or fp32), a learning rate that is too high, or noise level near 0"
             )
         if self.scaler:

@@ -1,0 +1,223 @@
+"""What a recipe will do and cost, said before anything runs: from configurations alone, or from a few micro-steps.
+
+Level 1 needs no weights and no network: exact parameter counts, adapters, samples and denoiser rows per round, memory
+that follows from sizes. Level 2 (`measuring.py`) loads the weights and fills in what only a measurement can know.
+Nothing is guessed: what was not measured is None in the record and "not measured" in the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from alignkit.errors import RecipeError
+from alignkit.policy.adapters import LoRA, linear_targets
+from alignkit.training.blueprint import Blueprint, blueprint, call_of, count, latent_numel
+from alignkit.training.grpo import GRPO, plan_of
+from alignkit.training.recipe import Recipe
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What the optimizer sees.
+
+    Attributes:
+        method: "LoRA(rank=16, alpha=32.0)" or "Full()".
+        layers: linear layers that get an adapter, by denoiser; all of them for full fine-tuning.
+        endings: how many of those layers by the last part of their name.
+        parameters: trained numbers.
+    """
+
+    method: str
+    layers: Mapping[str, int]
+    endings: Mapping[str, int]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """One optimisation round over all processes.
+
+    Attributes:
+        prompts, samples, updates: P, P x G, optimizer steps.
+        num_steps, stochastic: the sampling grid, and the steps of it that are trained in round 0.
+        rows_per_sample: denoiser rows of one sample at one step, 2 with classifier-free guidance.
+        rows: denoiser rows of sampling, of training (forward and backward), of the reference (KL), and their sum.
+        micro_batch: samples per backward.
+    """
+
+    prompts: int
+    samples: int
+    updates: int
+    num_steps: int
+    stochastic: list[int]
+    rows_per_sample: int
+    rows: Mapping[str, int]
+    micro_batch: int
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """Level 1: a JSON record of what the recipe will do.
+
+    Raises:
+        RecipeError: the recipe contradicts itself, or nothing is known about its model here.
+    """
+    recipe.validate()
+    if not isinstance(recipe, GRPO):
+        raise RecipeError(f"there is no trainer for {type(recipe).__name__}; use GRPO")
+    found = blueprint(recipe.model)
+    if not found.denoisers:
+        raise RecipeError(
+            f"{recipe.model}: no denoiser among {', '.join(found.components) or 'no components'} of {found.pipeline}"
+            + "".join(f"; {name}: {why}" for name, why in found.unknown.items())
+        )
+    call = call_of(found, recipe.call)
+    trained = trainable(recipe, found)
+    rounds = round_of(recipe, found, call)
+    numel = latent_numel(found, call)
+    return {
+        "model": recipe.model,
+        "pipeline": found.pipeline,
+        "configured_by": found.source,
+        "weights_here": found.weights is not None,
+        "trainer": type(recipe).__name__,
+        "parameters": found.parameters(),
+        "unread_components": dict(found.unknown),
+        "trainable": asdict(trained),
+        "round": asdict(rounds),
+        "rounds": recipe.steps,
+        "latent_elements_per_sample": numel,
+        "memory_bytes": memory(recipe, found, trained, rounds, numel),
+        "measured": None,
+    }
+
+
+def trainable(recipe: Recipe, found: Blueprint) -> Trainable:
+    """Exact number of trained parameters; LoRA layers as the policy will choose them."""
+    if not isinstance(recipe.train, LoRA):
+        sizes = {name: len(list(m.parameters())) for name, m in found.denoisers.items()}
+        return Trainable("Full()", sizes, {}, sum(count(m) for m in found.denoisers.values()))
+    rank, layers, endings, total = recipe.train.rank, {}, {}, 0
+    for name, module in found.denoisers.items():
+        chosen = linear_targets(module, recipe.train.targets)
+        layers[name] = len(chosen)
+        for path in chosen:
+            weight = module.get_submodule(path).weight
+            total += rank * (weight.shape[0] + weight.shape[1])  # type: ignore[index,operator]
+            ending = path.rpartition(".")[2] if not path[-1].isdigit() else ".".join(path.split(".")[-2:])
+            endings[ending] = endings.get(ending, 0) + 1
+    return Trainable(f"LoRA(rank={rank}, alpha={recipe.train.alpha})", layers, endings, total)
+
+
+def rows_per_sample(found: Blueprint, call: Mapping[str, Any]) -> int:
+    """Denoiser rows of one sample at one step, by the usual rules of diffusers' pipelines (not measured)."""
+    if "true_cfg_scale" in call:
+        return 2 if call["true_cfg_scale"] > 1 and call.get("negative_prompt") is not None else 1
+    embedded = any(m.config.get("guidance_embeds") for m in found.denoisers.values())  # type: ignore[union-attr]
+    scale = call.get("guidance_scale")
+    return 2 if not embedded and isinstance(scale, int | float) and scale > 1 else 1
+
+
+def round_of(recipe: GRPO, found: Blueprint, call: Mapping[str, Any]) -> Round:
+    """Samples, updates and denoiser rows of one round."""
+    samples = recipe.prompts_per_step * recipe.group_size
+    stochastic = sorted(plan_of(recipe, 0).stochastic)
+    each = 1 if recipe.train_guidance == "off" else rows_per_sample(found, call)
+    rows = {
+        "sampling": samples * each * recipe.num_steps,
+        "training": samples * each * len(stochastic),
+        "reference": samples * each * len(stochastic) if recipe.kl_beta > 0 else 0,
+    }
+    micro = min(recipe.micro_batch or samples, samples // recipe.updates)
+    totals = {**rows, "total": sum(rows.values())}
+    return Round(
+        recipe.prompts_per_step, samples, recipe.updates, recipe.num_steps, stochastic, each, totals, micro
+    )
+
+
+def memory(
+    recipe: Recipe, found: Blueprint, trained: Trainable, rounds: Round, numel: int | None
+) -> dict[str, int | None]:
+    """Bytes by formula, on one process. Activations depend on kernels and are measured or not known.
+
+    Stored for each trained step of each sample: latents before, latents after, and the mean, in float32; and the
+    final latents once.
+    """
+    width = BYTES[recipe.precision]
+    full = not isinstance(recipe.train, LoRA)
+    adapters = 0 if full else trained.parameters * FP32
+    # full fine-tuning: the reference is a copy, and trained weights have the dtype they were loaded in
+    each = width if full else FP32
+    kept = rounds.samples * (3 * len(rounds.stochastic) + 1)
+    return {
+        "weights": sum(found.parameters().values()) * width,
+        "reference": trained.parameters * width if full else 0,
+        "adapters": adapters,
+        "ema": trained.parameters * each if recipe.ema_decay is not None else 0,
+        "gradients": trained.parameters * each,
+        "optimizer": 2 * trained.parameters * each,
+        "stored_latents": None if numel is None else kept * numel * FP32,
+        "activations": None,
+    }
+
+
+# the table
+
+
+def lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(what, how much) for people; None is "not measured"."""
+    rounds, trained = record["round"], record["trainable"]
+    yield "model", f"{record['model']} ({record['pipeline']}, from {record['configured_by']})"
+    for name, number in record["parameters"].items():
+        yield f"  {name}", f"{number:,} parameters"
+    for name, why in record["unread_components"].items():
+        yield f"  {name}", f"not read: {why}"
+    layers = ", ".join(f"{n} in {name}" for name, n in trained["layers"].items())
+    endings = ", ".join(f"{name} x{n}" for name, n in trained["endings"].items())
+    yield "trained", f"{trained['method']}: {trained['parameters']:,} parameters; layers: {layers}"
+    if endings:
+        yield "  layers", endings
+    group = rounds["samples"] // rounds["prompts"]
+    yield "round", f"{rounds['prompts']} prompts x {group} = {rounds['samples']} samples, {rounds['updates']} update(s)"
+    yield "steps", f"{rounds['num_steps']} sampled; stochastic and trained in round 0: {_ranges(rounds['stochastic'])}"
+    counted = "counted" if (record["measured"] or {}).get("rows_per_sample") else "by rule"
+    yield "guidance", f"{rounds['rows_per_sample']} denoiser row(s) per sample and step ({counted})"
+    rows = rounds["rows"]
+    parts = ", ".join(f"{n} {rows[n]:,}" for n in ("sampling", "training", "reference"))
+    yield "denoiser rows", f"{rows['total']:,} per round ({parts}); {rows['total'] * record['rounds']:,} in all"
+    for name, size in record["memory_bytes"].items():
+        if size != 0:
+            yield f"memory: {name.replace('_', ' ')}", _size(size)
+    known = [size for size in record["memory_bytes"].values() if size is not None]
+    yield "memory: sum of what is known", _size(sum(known))
+    yield from _measured(record)
+
+
+def _measured(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    found = record["measured"]
+    names = ("peak memory", "seconds per round", "groups with a signal")
+    if found is None:
+        yield from ((name, "not measured (--measure, where the weights are on disk)") for name in names)
+        return
+    yield names[0], f"{_size(found['peak_memory_bytes'])} ({found['peak_memory_of']})"
+    hours = found["seconds_per_round"] * record["rounds"] / 3600
+    yield names[1], f"{found['seconds_per_round']:.1f} on {found['device']}; {hours:.2f} h for {record['rounds']} rounds"
+    yield names[2], f"{found['signal_fraction']:.2f} of {found['groups']} groups of {found['group_size']}"
+
+
+def _ranges(steps: list[int]) -> str:
+    if steps and steps == list(range(steps[0], steps[-1] + 1)) and len(steps) > 2:
+        return f"{steps[0]}-{steps[-1]} ({len(steps)})"
+    return ", ".join(map(str, steps)) or "none"
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return "not measured"
+    power = min(int(math.log(max(size, 1), 1024)), 3)
+    return f"{size / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
