@@ -199,10 +199,12 @@ def test_the_colour_of_a_sign_is_that_of_its_background_at_any_shade() -> None:
         assert reader.read((media * shade).clamp(0, 1)) == colours
 
 
-def test_letters_that_reach_the_border_do_not_change_the_background() -> None:
-    media = sign("HOTEL", "blue", height=16, width=48, size=16).unsqueeze(0)
-    expected = torch.tensor([WORLD["colours"]["blue"]]) / 255
-    torch.testing.assert_close(background(media), expected, atol=1 / 255, rtol=0)
+def test_the_background_is_what_surrounds_the_letters_even_where_some_reach_the_border() -> None:
+    blue = torch.tensor(WORLD["colours"]["blue"]) / 255
+    media = blue.reshape(1, 3, 1, 1).expand(1, 3, 24, 64).clone()
+    media[..., 2:22, 2:62] = 1.0  # white fills most of the sign
+    media[..., :, 10:20] = 1.0
+    torch.testing.assert_close(background(media), blue.unsqueeze(0))
 
 
 def test_a_sign_of_the_wrong_colour_scores_zero() -> None:
