@@ -85,7 +85,7 @@ def called_by_keyword(function: Callable[..., Any]) -> bool:
      1. Its first parameter is `media`: by position, `(media, prompts)`.
      2. It takes `**kwargs`, has a parameter `images` or `completions`, or more than two parameters without a
         default: by keyword. `images` and `completions` are the media tensor, which iterates over samples as a list
-       does; other names are columns of the prompts.
+        does; other names are columns of the prompts.
      3. Otherwise: by position.
 
      Raises:
