@@ -7,6 +7,7 @@ touching `requires_grad` (peft's own switches do). With full fine-tuning they ar
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -211,7 +212,9 @@ class LoRAWeights:
         if config is None:
             return
         module = self.modules[name]
-        inject_adapter_in_model(config, module, adapter_name=adapter)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the user's, or ours: meant
+            inject_adapter_in_model(config, module, adapter_name=adapter)
         for layer in _tuner_layers(module):
             for parameters in (layer.lora_A, layer.lora_B):
                 if adapter in parameters:
@@ -307,8 +310,7 @@ class LoRAWeights:
     def remove(self, part: str, adapter: str) -> None:
         """Take one adapter out of a component that keeps others."""
         for layer in _tuner_layers(self.modules[part]):
-            if adapter in layer.lora_A:
-                layer.delete_adapter(adapter)
+            _delete(layer, adapter)
         vars(self.modules[part])["peft_config"].pop(adapter, None)
 
     def close(self) -> None:
@@ -373,5 +375,10 @@ def _remove(module: nn.Module, path: str, layer: Any) -> None:
         setattr(parent, path.rpartition(".")[2], layer.base_layer)
         return
     for adapter in (TRAINED, *COMPANIONS.values()):
-        if adapter in layer.lora_A:
-            layer.delete_adapter(adapter)
+        _delete(layer, adapter)
+
+
+def _delete(layer: Any, adapter: str) -> None:
+    if adapter in layer.lora_A:
+        layer._active_adapter = [name for name in layer.active_adapters if name != adapter]
+        layer.delete_adapter(adapter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -218,10 +219,12 @@ def _stranger_message(file: Path, matched: Matched, modules: Mapping[str, nn.Mod
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Context: diffusers says nothing below errors (its loaders warn of things that are checked here)."""
+    """Context: diffusers and peft say nothing below errors (their loaders warn of things that are checked here)."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="peft")
+            yield
     finally:
         logging.set_verbosity(before)
