@@ -82,7 +82,8 @@ def per_reward_advantages(
     Args:
         parts: raw rewards by name, each (B,).
         weights: by the same names.
-        batch_normalise: subtract the mean and divide by the std of the live samples at the end.
+        batch_normalise: divide by the std of the live samples at the end; their mean is 0 already, as every
+            reward is centred in its group.
 
     Returns:
         As `group_advantages`; a sample is live if any reward with a non-zero weight is.
@@ -100,8 +101,7 @@ def per_reward_advantages(
         if weight != 0.0:
             live = live | part_live
     if batch_normalise and bool(live.any()):
-        kept = total[live]
-        total = (total - kept.mean()) / (kept.std(correction=0) + eps)
+        total = total / (total[live].std(correction=0) + eps)
     if clip is not None:
         total = total.clamp(-clip, clip)
     first = next(iter(parts.values()))
