@@ -1,43 +1,69 @@
-"""Align diffusion and rectified-flow image and video generators with rewards."""
+"""Align diffusion and rectified-flow image and video generators with rewards.
+
+Public names load their module on first use, so that `import alignkit` stays fast.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignkit.data.prompts import load_prompts
+    from alignkit.errors import AlignkitError, CheckpointError, DataError, PolicyError, RecipeError, RewardError
+    from alignkit.flow.plan import Plan
+    from alignkit.flow.transition import Noise, Transition
+    from alignkit.policy.adapters import Full, LoRA
+    from alignkit.policy.conditioning import Conditioning
+    from alignkit.policy.pipeline import Policy
+    from alignkit.training.grpo import GRPO
+    from alignkit.types import Pairs, Prompt, Rollouts, Scores
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+__all__ = [
     # policy
-    "Policy": "alignkit.policy.pipeline",
-    "Conditioning": "alignkit.policy.conditioning",
-    "LoRA": "alignkit.policy.adapters",
-    "Full": "alignkit.policy.adapters",
+    "Policy",
+    "Conditioning",
+    "LoRA",
+    "Full",
+    # training
+    "GRPO",
     # data
-    "Prompt": "alignkit.types",
-    "Rollouts": "alignkit.types",
-    "Scores": "alignkit.types",
-    "Pairs": "alignkit.types",
+    "Prompt",
+    "Rollouts",
+    "Scores",
+    "Pairs",
+    "load_prompts",
     # flow
-    "Noise": "alignkit.flow.transition",
-    "Plan": "alignkit.flow.plan",
-    "Transition": "alignkit.flow.transition",
+    "Noise",
+    "Plan",
+    "Transition",
     # errors
-    "AlignkitError": "alignkit.errors",
-    "CheckpointError": "alignkit.errors",
-    "PolicyError": "alignkit.errors",
-    "RecipeError": "alignkit.errors",
-    "RewardError": "alignkit.errors",
-}
+    "AlignkitError",
+    "CheckpointError",
+    "DataError",
+    "PolicyError",
+    "RecipeError",
+    "RewardError",
+]
 
-__all__ = ["__version__", *_PUBLIC]
+_HOMES = {
+    "alignkit.policy": ("Policy", "Conditioning", "LoRA", "Full"),
+    "alignkit.training.grpo": ("GRPO",),
+    "alignkit.types": ("Prompt", "Rollouts", "Scores", "Pairs"),
+    "alignkit.data.prompts": ("load_prompts",),
+    "alignkit.flow.transition": ("Noise", "Transition"),
+    "alignkit.flow.plan": ("Plan",),
+    "alignkit.errors": tuple(name for name in __all__ if name.endswith("Error")),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Public names load their module on first use, so that `import alignkit` stays fast."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'alignkit' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'alignkit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

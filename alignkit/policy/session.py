@@ -150,17 +150,17 @@ class Session:
     # what the loop asks
 
     def is_grid(self, iterable: Any) -> bool:
-        grid = self.seen.timesteps
-        if grid is None or isinstance(iterable, GridIterable):
-            return grid is not None
-        if self.seen.scheduler is not None and iterable is self.seen.scheduler.timesteps:
+        grid, scheduler = self.seen.timesteps, self.seen.scheduler
+        if grid is None or scheduler is None:
+            return False
+        if isinstance(iterable, GridIterable) or iterable is scheduler.timesteps:
             return True
         values = iterable if isinstance(iterable, torch.Tensor) else None
         if isinstance(iterable, list) and iterable and all(isinstance(v, torch.Tensor) for v in iterable):
             values = torch.stack(iterable) if iterable[0].ndim == 0 else None
         if values is None or values.ndim != 1 or not 0 < len(values) <= len(grid):
             return False
-        own = torch.cat([grid.double(), self.seen.scheduler.timesteps.double()])
+        own = torch.cat([grid.double(), scheduler.timesteps.double()])
         return bool(torch.isin(values.double(), own).all())
 
     def iterate(self, timesteps: Iterable[Any]) -> Iterator[tuple[int, Any]]:
@@ -198,7 +198,7 @@ class Session:
             elif class_attribute(type(part), "set_state") and class_attribute(type(part), "prepare_inputs"):
                 twin = copy.deepcopy(part)  # guiders remember the step they are at
                 if not self.guiders:
-                    twin.disable()
+                    twin.disable()  # type: ignore[operator]
                 self.copy.__dict__[name] = twin
 
     def _memoised(self, name: str, own: Callable[..., Any]) -> Callable[..., Any]:

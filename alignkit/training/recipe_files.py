@@ -73,7 +73,8 @@ def load(source: Source) -> Recipe:
     made = vars(module)[source.function]()
     if not isinstance(made, Recipe):
         raise RecipeError(
-            f"{source.file.name}:{source.function} returned {type(made).__name__}; expected one of {', '.join(TRAINERS)}"
+            f"{source.file.name}:{source.function} returned {type(made).__name__}; expected one of "
+            f"{', '.join(TRAINERS)}"
         )
     return made
 
@@ -97,11 +98,8 @@ def encode(value: Any) -> Any:
 
 
 def _name(value: Callable[..., Any]) -> str:
-    return (
-        str(vars(value).get("name", vars(value).get("__name__", type(value).__name__)))
-        if hasattr(value, "__dict__")
-        else type(value).__name__
-    )
+    own = vars(value)
+    return str(own.get("name", own.get("__name__", type(value).__name__)))
 
 
 def decode(record: Any, base: Any) -> Any:

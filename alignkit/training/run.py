@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from alignkit.data.sampler import GroupSampler
 from alignkit.errors import CheckpointError, RecipeError
 from alignkit.objectives.advantages import group_statistics
 from alignkit.policy import Policy
-from alignkit.rewards import Weighted
+from alignkit.rewards import Weighted, status
 from alignkit.training import checkpoint, finish, grpo
 from alignkit.training.assess import Assessment, assess
 from alignkit.training.experience import Experience, collect, conditions, join_scores
 from alignkit.training.grpo import GRPO
 from alignkit.training.progress import Display
-from alignkit.training.recipe import Recipe
+from alignkit.training.recipe import Recipe, RewardSpec
 from alignkit.training.recipe_files import Source, reload, resolved, save
 from alignkit.training.run_dir import RunDir
 from alignkit.training.runtime import Runtime
@@ -50,9 +51,8 @@ class Run:
         self.display = Display(recipe.steps, enabled=self.runtime.main)
         self.prompts, self.held_out = prompts_of(recipe)
         self.rewards = Weighted(recipe.rewards, recipe.on_error, recipe.reward_timeout)
-        self.judges = Weighted(
-            {**recipe.rewards, **dict.fromkeys(recipe.judges, 0.0)}, recipe.on_error, recipe.reward_timeout
-        )
+        judges = {**recipe.rewards, **dict.fromkeys(available(recipe.judges, self.display.say), 0.0)}
+        self.judges = Weighted(judges, recipe.on_error, recipe.reward_timeout)
         self.rewards.check_prompts(self.prompts)
         self.judges.check_prompts(self.held_out)
         world = (self.runtime.rank, self.runtime.world)
@@ -265,6 +265,17 @@ def _numbered(groups: list[torch.Tensor]) -> torch.Tensor:
     for g in groups:
         offsets.append(offsets[-1] + int(g.max()) + 1)
     return torch.cat([g + o for g, o in zip(groups, offsets, strict=False)])
+
+
+def available(judges: Sequence[RewardSpec], say: Callable[[str], None]) -> list[RewardSpec]:
+    """The judges that can load here; one that cannot is left out with a sentence, since nothing is trained on it."""
+    known, found = status(), []
+    for judge in judges:
+        if isinstance(judge, str) and known.get(judge, "ready") != "ready":
+            say(f"judge {judge!r} is left out: {known[judge]}")
+        else:
+            found.append(judge)
+    return found
 
 
 def prompts_of(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:

@@ -74,8 +74,8 @@ class Runtime:
                 self.scaler.update(self.scaler.get_scale() / 2)
                 return float("nan")
             raise AlignkitError(
-                f"the gradient norm is not finite ({float(norm)}); the weights were left as they were. Usual causes: a reward or "
-                "decoder in fp16 (use bf16 or fp32), a learning rate that is too high, or noise level near 0"
+                f"the gradient norm is not finite ({float(norm)}); the weights were left as they were. Usual causes: a "
+                "reward or decoder in fp16 (use bf16 or fp32), a learning rate that is too high, or noise level near 0"
             )
         if self.scaler:
             self.scaler.step(optimizer)
@@ -91,9 +91,8 @@ class Runtime:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([g.reshape(-1) for g in gradients])
         dist.all_reduce(flat)
-        for parameter, piece, like in zip(
-            parameters, flat.split([g.numel() for g in gradients]), gradients, strict=True
-        ):
+        pieces = flat.split([g.numel() for g in gradients])
+        for parameter, piece, like in zip(parameters, pieces, gradients, strict=True):
             parameter.grad = piece.view_as(like).clone()
 
     def check_equal(self, parameters: Iterable[torch.nn.Parameter]) -> None:

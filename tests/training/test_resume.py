@@ -36,7 +36,7 @@ def interrupted_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The run is asked to stop in the middle of round `step`, after its rollouts."""
     collect = Run.collect
 
-    def stopping(self: Run, number: int):  # noqa: ANN202
+    def stopping(self: Run, number: int):
         made = collect(self, number)
         if number == step:
             self.flag.number = signal.SIGTERM
