@@ -76,7 +76,7 @@ def test_the_ode_converges_at_first_order():
             x = ODE.build(RF, x, v, sigmas[k], sigmas[k + 1], sigmas[1]).mean
         return x
 
-    limit = run(3200)
+    limit = run(1600)
     errors = [float((run(n) - limit).abs().mean()) for n in (100, 200, 400)]
     assert 1.7 < errors[0] / errors[1] < 2.5
     assert 1.7 < errors[1] / errors[2] < 2.5

@@ -45,7 +45,7 @@ def test_beyond_the_clip_the_gradient_is_gone_on_the_side_that_would_go_on():
 
 @pytest.mark.parametrize("dimensions", [1024, 65536])
 def test_the_mean_log_ratio_drifts_by_delta_squared_over_two_variances(dimensions):
-    delta, std, batch = 0.02, 0.4, 64
+    delta, std, batch = 0.02, 0.4, 32
     old = Transition(randn(batch, dimensions), torch.tensor(std, dtype=torch.float64))
     new = Transition(old.mean + delta, old.std)
     after = old.sample(torch.Generator().manual_seed(1))
@@ -61,7 +61,7 @@ def test_the_mean_log_ratio_drifts_by_delta_squared_over_two_variances(dimension
 
 
 def test_ratio_norm_makes_a_symmetric_clip_act_on_both_sides():
-    dimensions, batch = 65536, 200
+    dimensions, batch = 16384, 128
     old = Transition(torch.zeros(batch, dimensions, dtype=torch.float64), torch.tensor(0.5).double())
     new = Transition(old.mean + 0.05, old.std)
     after = old.sample(torch.Generator().manual_seed(0))
