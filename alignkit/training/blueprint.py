@@ -157,20 +157,24 @@ def build(cls: Any, config: Mapping[str, Any]) -> nn.Module:
 # sizes
 
 
-def call_of(plan: Blueprint, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The pipeline's keywords as a run would use them: its defaults, the model card's, the recipe's."""
+def call_of(plan: Blueprint, call: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The pipeline's keywords as a run uses them (its defaults, then the recipe's), and where the picture's size is
+    from: where neither gives one, it is the model card's or the denoiser's."""
     import diffusers
 
     own = inspect.signature(inspect.unwrap(getattr(diffusers, plan.pipeline).__call__)).parameters
     defaults = {n: p.default for n, p in own.items() if p.default is not inspect.Parameter.empty}
-    merged = {**defaults, **plan.sampling, **call}
-    size = next((m.config["sample_size"] for m in plan.denoisers.values() if "sample_size" in m.config), None)  # type: ignore[operator]
+    merged = {**defaults, **call}
+    if merged.get("height") is not None and merged.get("width") is not None:
+        return merged, "the recipe" if {"height", "width"} <= call.keys() else "the pipeline's default"
+    if "height" in plan.sampling:
+        return merged | {n: plan.sampling[n] for n in ("height", "width")}, "assumed, from the model card"
+    sizes = [m.config["sample_size"] for m in plan.denoisers.values() if "sample_size" in m.config]  # type: ignore[operator,index]
     vae = plan.components.get("vae")
-    if isinstance(size, int) and vae is not None and merged.get("height") is None and merged.get("width") is None:
-        shape = compression(vae)
-        if shape is not None and "height" in own:
-            merged |= {"height": size * shape[1], "width": size * shape[1]}
-    return merged
+    shape = None if vae is None else compression(vae)
+    if "height" in own and sizes and isinstance(sizes[0], int) and shape is not None:
+        return merged | dict.fromkeys(("height", "width"), sizes[0] * shape[1]), "assumed, from the denoiser"
+    return merged, "unknown; give call.height and call.width in the recipe"
 
 
 def latent_numel(plan: Blueprint, call: Mapping[str, Any]) -> int | None:

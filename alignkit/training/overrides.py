@@ -37,6 +37,7 @@ def fields(value: Any, prefix: str = "") -> dict[str, type]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         entries = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     else:
+        assert isinstance(value, Mapping)
         entries = {key: v for key, v in value.items() if isinstance(key, str)}
     found: dict[str, type] = {}
     for name, entry in entries.items():
@@ -72,7 +73,7 @@ def _require_known(option: str, known: Mapping[str, type], kind: str) -> None:
     siblings = [name for name in known if parent and name.startswith(f"{parent}.")]
     names = siblings or [*known, *ELSEWHERE]
     best = process.extractOne(path, names) or process.extractOne(leaf, names)
-    near = ELSEWHERE.get(best[0], best[0]) if best else next(iter(known))
+    near: str = ELSEWHERE.get(best[0], best[0]) if best else next(iter(known))
     hint = f"did you mean --{near.replace('_', '-')}?"
     if near not in known:
         hint = f"{near} is not in this recipe; add it to the recipe file"

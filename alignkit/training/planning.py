@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from alignkit.errors import RecipeError
 from alignkit.policy.adapters import LoRA, linear_targets
@@ -76,7 +78,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             f"{recipe.model}: no denoiser among {', '.join(found.components) or 'no components'} of {found.pipeline}"
             + "".join(f"; {name}: {why}" for name, why in found.unknown.items())
         )
-    call = call_of(found, recipe.call)
+    call, size_from = call_of(found, recipe.call)
     trained = trainable(recipe, found)
     rounds = round_of(recipe, found, call)
     numel = latent_numel(found, call)
@@ -91,6 +93,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "trainable": asdict(trained),
         "round": asdict(rounds),
         "rounds": recipe.steps,
+        "size": {n: call.get(n) for n in ("height", "width", "num_frames")} | {"from": size_from},
         "latent_elements_per_sample": numel,
         "memory_bytes": memory(recipe, found, trained, rounds, numel),
         "measured": None,
@@ -102,16 +105,21 @@ def trainable(recipe: Recipe, found: Blueprint) -> Trainable:
     if not isinstance(recipe.train, LoRA):
         sizes = {name: len(list(m.parameters())) for name, m in found.denoisers.items()}
         return Trainable("Full()", sizes, {}, sum(count(m) for m in found.denoisers.values()))
-    rank, layers, endings, total = recipe.train.rank, {}, {}, 0
+    rank, total = recipe.train.rank, 0
+    layers: dict[str, int] = {}
+    endings: dict[str, int] = {}
     for name, module in found.denoisers.items():
         chosen = linear_targets(module, recipe.train.targets)
         layers[name] = len(chosen)
         for path in chosen:
-            weight = module.get_submodule(path).weight
-            total += rank * (weight.shape[0] + weight.shape[1])  # type: ignore[index,operator]
+            layer = cast(nn.Linear, module.get_submodule(path))
+            total += rank * (layer.in_features + layer.out_features)
             ending = path.rpartition(".")[2] if not path[-1].isdigit() else ".".join(path.split(".")[-2:])
             endings[ending] = endings.get(ending, 0) + 1
-    return Trainable(f"LoRA(rank={rank}, alpha={recipe.train.alpha})", layers, endings, total)
+    method = f"LoRA(rank={rank}, alpha={recipe.train.alpha})"
+    if recipe.init_lora is not None:
+        method += f", counted at this rank; init_lora={recipe.init_lora!r} brings its own"
+    return Trainable(method, layers, endings, total)
 
 
 def rows_per_sample(found: Blueprint, call: Mapping[str, Any]) -> int:
@@ -135,9 +143,7 @@ def round_of(recipe: GRPO, found: Blueprint, call: Mapping[str, Any]) -> Round:
     }
     micro = min(recipe.micro_batch or samples, samples // recipe.updates)
     totals = {**rows, "total": sum(rows.values())}
-    return Round(
-        recipe.prompts_per_step, samples, recipe.updates, recipe.num_steps, stochastic, each, totals, micro
-    )
+    return Round(recipe.prompts_per_step, samples, recipe.updates, recipe.num_steps, stochastic, each, totals, micro)
 
 
 def memory(
@@ -166,6 +172,28 @@ def memory(
     }
 
 
+def measured(record: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Level 2: the record with `measured` filled in and the denoiser rows counted.
+
+    Raises:
+        RecipeError: the weights are not on this machine.
+    """
+    from alignkit.training.measuring import measure
+
+    if not record["weights_here"]:
+        raise RecipeError(
+            f"--measure needs the weights of {record['model']!r} on disk and only its configuration is here; download "
+            "it first, or leave --measure out"
+        )
+    assert isinstance(recipe, GRPO)
+    found = measure(recipe)
+    rounds = dict(record["round"])
+    factor = found["rows_per_sample"] / rounds["rows_per_sample"]
+    rounds |= {"rows_per_sample": found["rows_per_sample"]}
+    rounds["rows"] = {name: round(number * factor) for name, number in rounds["rows"].items()}
+    return {**record, "round": rounds, "measured": found}
+
+
 # the table
 
 
@@ -184,6 +212,9 @@ def lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "  layers", endings
     group = rounds["samples"] // rounds["prompts"]
     yield "round", f"{rounds['prompts']} prompts x {group} = {rounds['samples']} samples, {rounds['updates']} update(s)"
+    size = record["size"]
+    frames = f" x {size['num_frames']} frames" if size["num_frames"] else ""
+    yield "size", f"{size['height']} x {size['width']}{frames} ({size['from']})"
     yield "steps", f"{rounds['num_steps']} sampled; stochastic and trained in round 0: {_ranges(rounds['stochastic'])}"
     counted = "counted" if (record["measured"] or {}).get("rows_per_sample") else "by rule"
     yield "guidance", f"{rounds['rows_per_sample']} denoiser row(s) per sample and step ({counted})"
@@ -206,7 +237,8 @@ def _measured(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     yield names[0], f"{_size(found['peak_memory_bytes'])} ({found['peak_memory_of']})"
     hours = found["seconds_per_round"] * record["rounds"] / 3600
-    yield names[1], f"{found['seconds_per_round']:.1f} on {found['device']}; {hours:.2f} h for {record['rounds']} rounds"
+    seconds = f"{found['seconds_per_round']:.1f} on {found['device']}"
+    yield names[1], f"{seconds}; {hours:.2f} h for {record['rounds']} rounds"
     yield names[2], f"{found['signal_fraction']:.2f} of {found['groups']} groups of {found['group_size']}"
 
 

@@ -1,0 +1,1 @@
+"""Drawing with a pipeline: plain sampling, with LoRA files."""

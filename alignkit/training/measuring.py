@@ -1,0 +1,139 @@
+"""Level 2 of a plan: load the weights, run a few micro-steps of the recipe's own round, train nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignkit.errors import AlignkitError
+from alignkit.objectives.advantages import group_statistics
+from alignkit.training import grpo
+from alignkit.training.experience import Experience, join_scores
+from alignkit.training.grpo import GRPO
+from alignkit.training.run import Run
+from alignkit.training.run_dir import RunDir
+from alignkit.training.signals import StopFlag
+from alignkit.training.update import accumulate, minibatches
+
+PROMPTS = 4  # groups that are sampled
+STEPS = 2  # recorded steps that go backward
+WARM = 2  # how often a micro-step is run; the last one counts
+
+
+def measure(recipe: GRPO) -> dict[str, Any]:
+    """Memory, seconds per round and the fraction of groups that carry a signal.
+
+    At most four prompts are sampled with whole groups, decoded and scored as a round would; one micro-batch goes
+    forward and backward through two recorded steps. Times are scaled up to a whole round: sampling by prompts,
+    training by samples and steps. There is no optimizer step: the trained weights are compared before and after.
+
+    Returns:
+        a JSON record; `peak_memory_of` says whose memory `peak_memory_bytes` is.
+
+    Raises:
+        AlignkitError: the weights changed, which is a fault of alignkit.
+    """
+    small = dataclasses.replace(recipe, prompts_per_step=min(recipe.prompts_per_step, PROMPTS), updates=1)
+    with tempfile.TemporaryDirectory(prefix="alignkit-plan-") as folder:
+        run = Run(small, RunDir(Path(folder)), StopFlag())
+        try:
+            before = digest(run.parameters)
+            found = _measured(recipe, small, run)
+            if digest(run.parameters) != before:
+                raise AlignkitError("measuring changed the trained weights; please report this")
+        finally:
+            run.policy.close()
+    return found
+
+
+def _measured(recipe: GRPO, small: GRPO, run: Run) -> dict[str, Any]:
+    device = run.runtime.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    experiences = run.collect(0)
+    sampling = _since(began, device)
+    scores = join_scores([e.scores for e in experiences])
+    groups = torch.arange(small.prompts_per_step).repeat_interleave(small.group_size)
+    statistics = group_statistics(scores.total, groups)
+    rows = experiences[0].cond.driver.rows_per_sample(experiences[0].cond)
+    training, samples, steps = _micro_step(recipe, run, experiences[0])
+    every = recipe.prompts_per_step * recipe.group_size
+    trained_steps = len(recipe.plan_for(0).stochastic)
+    whole_sampling = sampling * recipe.prompts_per_step / small.prompts_per_step
+    whole_training = training * (every / samples) * (trained_steps / steps)
+    peak, of = peak_memory(device)
+    return {
+        "device": str(device),
+        "rows_per_sample": rows,
+        "groups": small.prompts_per_step,
+        "group_size": small.group_size,
+        "signal_fraction": 1.0 - statistics["zero_std_fraction"],
+        "mean_reward": float(scores.total.double().nanmean()),
+        "seconds_sampling": whole_sampling,
+        "seconds_training": whole_training,
+        "seconds_per_round": whole_sampling + whole_training,
+        "peak_memory_bytes": peak,
+        "peak_memory_of": of,
+    }
+
+
+def _micro_step(recipe: GRPO, run: Run, experience: Experience) -> tuple[float, int, int]:
+    """(seconds, samples, steps) of one forward and backward; gradients are thrown away."""
+    size = min(recipe.micro_batch or len(experience.groups), len(experience.groups))
+    records = experience.rollouts.steps[:STEPS]
+    short = dataclasses.replace(experience, rollouts=dataclasses.replace(experience.rollouts, steps=records))
+    live = torch.arange(len(experience.groups)) < size
+    shares = minibatches([short], torch.ones(len(live)), live, 1, drop=True)
+
+    def loss_of(cond: Any, record: Any, weight: torch.Tensor) -> Any:
+        return grpo.policy_step(run.policy, cond, record, weight, recipe)
+
+    seconds = 0.0
+    for _ in range(WARM):
+        began = time.perf_counter()
+        accumulate(run.runtime, shares[0], recipe.micro_batch, loss_of, run.flag.poll)
+        seconds = _since(began, run.runtime.device)
+        run.optimizer.zero_grad(set_to_none=True)
+    return seconds, size, len(records)
+
+
+def _since(began: float, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def peak_memory(device: torch.device) -> tuple[int, str]:
+    """Peak bytes so far, and of what: the accelerator's allocator, or this whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), f"tensors on {device}"
+    return resident_peak(), "the whole process, libraries included"
+
+
+def resident_peak() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """A hash of the exact contents."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
