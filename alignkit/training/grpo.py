@@ -1,17 +1,17 @@
 """Flow-GRPO: policy gradient on the stochastic steps of a sampler (2505.05470), DDPO with another path (2305.13301).
 
 1. Draw P prompts and one plan: which steps are stochastic. The plan is shared by every group.
-2. Sample G images per prompt with the current weights; at stochastic steps keep latents, next latents, log-probability.
+2. Sample G images per prompt with the current weights; at stochastic steps keep latents, next latents, log-probs.
 3. Score the images; a group's advantage is (r - mean) / std. Groups in which all rewards agree carry no signal and are
    left out.
 4. For every recorded step recompute the Gaussian with gradient, ratio = exp(log p - log p_old),
    loss = max(-A ratio, -A clip(ratio, 1 +- clip)) + kl_beta KL(p || p_reference).
-5. Average over live samples and steps, clip the gradient, step. With `updates` > 1 repeat for each share of the prompts.
+5. Average over live samples and steps, clip the gradient, step; with `updates` > 1 for each share of the prompts.
 
 Deviations from the paper's code, on purpose: the KL is the true one of the step (`gaussian`; the published
-coefficients assume `no_dt`); latents and transitions stay in float32; flat groups are dropped, not divided by an epsilon;
-the first step is guarded by an explicit sigma_max. `plan="window"` is Flow-GRPO-Fast, `sliding` MixGRPO, `ratio_norm`
-GRPO-Guard, noise kind `ddim` on eps/v models DDPO.
+coefficients assume `no_dt`); latents and transitions stay in float32; flat groups are dropped, not divided by an
+epsilon; the first step is guarded by an explicit sigma_max. `plan="window"` is Flow-GRPO-Fast, `sliding` MixGRPO,
+`ratio_norm` GRPO-Guard, noise kind `ddim` on eps/v models DDPO.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from alignkit.data.sampler import GroupSampler
 from alignkit.errors import CheckpointError, RecipeError
 from alignkit.objectives.advantages import group_statistics
 from alignkit.policy import Policy
+from alignkit.policy.adapters import denoisers
+from alignkit.policy.memory import checkpointing
 from alignkit.rewards import Weighted, status
 from alignkit.training import checkpoint, finish, grpo
 from alignkit.training.assess import Assessment, assess
@@ -58,6 +61,10 @@ class Run:
         world = (self.runtime.rank, self.runtime.world)
         self.sampler = GroupSampler(self.prompts, recipe.prompts_per_step, recipe.seed, *world)
         self.policy = policy_of(recipe, self.runtime)
+        self.open = ExitStack()
+        self.open.callback(self.policy.close)
+        self.open.enter_context(checkpointing(denoisers(self.policy.pipe), on=recipe.gradient_checkpointing))
+        self.open.callback(self.runtime.track(recipe.tracker, directory.folder))
         self.parameters = self.policy.parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=recipe.lr, betas=recipe.adam_betas, weight_decay=recipe.weight_decay
@@ -101,7 +108,9 @@ class Run:
                 if self._curve_is_due():
                     metrics |= self.curve()
                 if self.runtime.main:
-                    self.directory.log(self.state.step, {**metrics, "time/step_seconds": seconds})
+                    metrics["time/step_seconds"] = seconds
+                    self.directory.log(self.state.step, metrics)
+                    self.runtime.log(self.state.step, metrics)
                     self.display.step(self.state.step, metrics)
                 self.runtime.wait()
                 if time.monotonic() - self.commit_time >= self.recipe.checkpoint_seconds:
@@ -293,7 +302,7 @@ def policy_of(recipe: Recipe, runtime: Runtime) -> Policy:
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(resolved(recipe.model), dtype=runtime.dtype).to(runtime.device)
-    return Policy(pipe, recipe.train)
+    return Policy(pipe, recipe.train, init_lora=recipe.init_lora, attention=recipe.attention)
 
 
 def start(recipe: Recipe, folder: Path, source: Source | None = None, command: list[str] | None = None) -> Path:
@@ -343,7 +352,7 @@ def _drive(recipe: GRPO, directory: RunDir, command: list[str], again: bool = Fa
         except Interrupted as stop:
             _stopped(run, stop)
         finally:
-            run.policy.close()
+            run.open.close()
     return directory.folder
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +21,8 @@ class Runtime:
     """One process of a run. No module is wrapped: after the last backward one flat all-reduce sums the gradients."""
 
     def __init__(self, precision: str) -> None:
-        # "no" is passed on purpose: without it accelerate reads the precision from its environment
-        self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        # Precision is ours (`autocast`); without "no" accelerate would read one from its environment.
+        self.accelerator = Accelerator(mixed_precision="no")
         self.device = self.accelerator.device
         if precision == "fp16" and self.device.type != "cuda":
             raise RecipeError(
@@ -31,6 +33,7 @@ class Runtime:
         self.dtype = DTYPES[precision]
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
+        self.tracker: Accelerator | None = None
         self.scaler = torch.amp.GradScaler("cuda") if precision == "fp16" else None  # type: ignore[attr-defined]
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -108,6 +111,25 @@ class Runtime:
         dist.all_reduce(both, dist.ReduceOp.MAX)
         if float(both[0] + both[1]) != 0.0:
             raise AlignkitError("after the first update the processes hold different weights: gradients do not meet")
+
+    def track(self, tracker: str, folder: Path) -> Callable[[], None]:
+        """Start TensorBoard or W&B beside the run's own files; returns what ends it.
+
+        Raises:
+            RecipeError: the tracker's package is not installed.
+        """
+        if tracker == "none" or not self.main:
+            return lambda: None
+        if importlib.util.find_spec(tracker) is None:
+            raise RecipeError(f"tracker={tracker!r} needs its package: pip install {tracker}")
+        self.tracker = Accelerator(log_with=tracker, project_dir=str(folder))
+        self.tracker.init_trackers(folder.name)
+        return self.tracker.end_training
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Numbers of one round to the tracker, if there is one."""
+        if self.tracker is not None:
+            self.tracker.log(dict(metrics), step=step)
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -169,3 +169,36 @@ def test_grpo_raises_a_known_reward_and_not_with_shuffled_advantages(tiny_recipe
     without = learned(recipe, tmp_path / "b", shuffle=True)
     assert with_signal > 0.01
     assert with_signal > 3 * abs(without)
+
+
+@pytest.mark.parametrize(
+    "change", [{"precision": "bf16"}, {"gradient_checkpointing": True}, {"tracker": "tensorboard"}]
+)
+def test_a_round_runs_in_bf16_with_checkpointing_and_with_a_tracker(
+    tiny_recipe: GRPO, tmp_path: Path, change: dict[str, object]
+) -> None:
+    if change.get("tracker"):
+        pytest.importorskip("tensorboard")
+    run = make_run(dataclasses.replace(tiny_recipe, **change), tmp_path / "run")
+    with run.open:
+        metrics = run.round(0)
+        run.runtime.log(1, metrics)
+    assert metrics["policy/ratio_first_dev"] == 0.0
+    assert math.isfinite(metrics["policy/loss"]) and metrics["policy/grad_norm"] > 0
+    assert all(p.dtype == torch.float32 for p in run.parameters)
+
+
+def test_fp32_computes_in_fp32_whatever_the_environment_says(
+    tiny_recipe: GRPO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = make_run(tiny_recipe, tmp_path / "run")
+    with run.runtime.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_fp16_without_cuda_is_refused(tiny_recipe: GRPO, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(RecipeError, match="bf16"):
+        make_run(dataclasses.replace(tiny_recipe, precision="fp16"), tmp_path / "run")
