@@ -95,6 +95,8 @@ def test_clip_fractions_count_live_samples_only():
     ratio, live = torch.tensor([0.9, 1.0, 1.2, 1.3]), torch.tensor([True, True, True, False])
     low, high = pg.clip_fractions(ratio, 0.05, live=live)
     assert_close(torch.stack([low, high]), torch.tensor([1 / 3, 1 / 3]))
+    low, high = pg.clip_fractions(ratio, 0.05, clip_high=0.25)
+    assert (float(low), float(high)) == (0.25, 0.25)
 
 
 def test_dead_samples_leave_the_mean_and_get_no_gradient():
