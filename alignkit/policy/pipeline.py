@@ -216,7 +216,8 @@ class Policy:
         session = self._session(x, cond, visits, on_step)
         if replaced is not None:
             session.replaced = replaced
-            session.observe(cond.layout.denoisers)
+            if cond.layout.latents_index is not None:  # else they are observed already
+                session.observe(cond.layout.denoisers)
         self.driver.run(session, cond, grad=torch.is_grad_enabled())
         return captured[0]
 
@@ -329,9 +330,11 @@ class Policy:
             raise RecipeError(f"a plan of {plan.num_steps} steps for a grid of {len(cond.timesteps)}")
         generators = _per_sample(rng, len(cond))
         records: list[StepRecord] = []
-        last: list[torch.Tensor] = []
+        last: list[torch.Tensor] = []  # what the step before returned, in full precision
 
         def on_step(index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if session.visit.pretend:
+                return start.to(sample), start.to(sample)
             if poll is not None:
                 poll()
             x = sample.float()
@@ -352,8 +355,9 @@ class Policy:
 
         with self._lock:
             mask = self.driver.free_mask(cond) if plan.stochastic else None
-            session = self.driver.session(cond, visits=None, on_step=on_step)
-            self.driver.run(session, cond, generators=generators)
+            start = self.initial_latents(cond, generators)
+            session = self._session(start, cond, [Visit(k) for k in range(plan.num_steps)], on_step)
+            self.driver.run(session, cond)
         return Rollouts(last[0], tuple(records), cond.sigmas)
 
     def decode(self, x0: torch.Tensor, cond: Conditioning) -> torch.Tensor:

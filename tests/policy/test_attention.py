@@ -244,7 +244,7 @@ def test_the_report_says_which_backends_run_forward_and_backward_here() -> None:
     assert not report["xformers"].forward and report["xformers"].note
     assert not report["_native_efficient"].forward
     assert not any("hub" in name for name in report)  # these would download
-    assert list(report)[0] == "native"
+    assert next(iter(report)) == "native"
 
 
 @gpu
