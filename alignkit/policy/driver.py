@@ -49,7 +49,7 @@ class Layout:
 
     single: bool
     latents_index: int | None
-    denoisers: Mapping[str, tuple[int, Any]]
+    denoisers: dict[str, tuple[int, Any]]
     blends: bool
     dtype: torch.dtype
 
@@ -147,35 +147,59 @@ class Driver:
         return replace(cond, timesteps=timesteps, sigmas=sigmas)
 
     def _learn(self, cond: Conditioning) -> Layout:
-        """One real iteration and one pretended one, without gradient, on the first sample's worth of memory."""
+        """One real iteration, then all others with pretended denoisers (each runs really the first time it is met)."""
         samples: list[torch.Tensor] = []
-        outputs: dict[str, tuple[int, Any]] = {}
+        outputs: list[torch.Tensor] = []
         answer: list[torch.Tensor] = []
 
         def on_step(index: int, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             samples.append(sample)
-            if len(samples) == 1:
-                for call in session.seen.calls:
-                    outputs.setdefault(call.name, (call.rows, call.output))
-                session.templates = outputs
-            if len(samples) == 2 or not session.seen.enumerated or cond.num_steps == 1:
+            outputs.append(model_output)
+            if len(samples) == cond.num_steps or not session.seen.enumerated:
                 raise Stop
-            answer.append(torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample))
+            answer[:] = answer or [_fixed_noise(sample)]
             return answer[0], answer[0]
 
-        visits = [Visit(0), Visit(1, pretend=True)][: cond.num_steps]
+        visits = [Visit(k, pretend=k > 0) for k in range(cond.num_steps)]
         session = Session(self.pipe, cond.memo, len(cond), visits=visits, on_step=on_step)
+        session.learning = True
         session.observe(n for n, part in vars(self.pipe).items() if isinstance(part, nn.Module))
         self.run(session, cond)
-        if not samples or not outputs:
+        if not samples or not session.templates:
             raise PolicyError(
                 f"{type(self.pipe).__name__} never called scheduler.step after a denoiser inside its loop, "
                 "so there is no model output to take; alignkit cannot drive it"
             )
         index = next((i for i, t in enumerate(session.seen.latents) if _same(t, samples[0])), None)
-        blends = len(samples) == 2 and not torch.equal(samples[1], answer[0])
+        blends = len(samples) > 1 and not torch.equal(samples[1], answer[0])
         single = not session.seen.enumerated
-        return Layout(single, index, outputs, blends, samples[0].dtype)
+        layout = Layout(single, index, session.templates, blends, samples[0].dtype)
+        if len(samples) > 2 and index is not None and not blends:
+            self._check_memoryless(replace(cond, layout=layout, timesteps=_timesteps(session)), answer[0], outputs[-1])
+        return layout
+
+    def _check_memoryless(self, cond: Conditioning, x: torch.Tensor, after_others: torch.Tensor) -> None:
+        """The last step alone must give what it gave after all others: the same latents, the same pretended denoisers.
+
+        Raises:
+            PolicyError: what the pipeline computes at a step depends on the steps before it.
+        """
+        alone: list[torch.Tensor] = []
+
+        def on_step(index: int, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            alone.append(model_output)
+            raise Stop
+
+        session = self.session(cond, visits=[Visit(len(cond.timesteps) - 1, pretend=True)], on_step=on_step)
+        session.latents = x
+        session.observe(cond.layout.denoisers)
+        self.run(session, cond)
+        if not torch.equal(alone[0], after_others):
+            raise PolicyError(
+                f"what {type(self.pipe).__name__} computes at a step depends on the steps before it (momentum in its "
+                "guidance, or a cache of earlier outputs), so no single step can be recomputed for training. Switch "
+                "that off in the pipeline, for example a guider's momentum to None"
+            )
 
     def free_mask(self, cond: Conditioning) -> torch.Tensor | None:
         """(B, ...) bool: positions of the latents that the loop keeps as `step` returned them; None where all are.
@@ -191,7 +215,7 @@ class Driver:
             if returned:
                 given.append(sample)
                 raise Stop
-            returned.append(torch.randn(sample.shape, generator=torch.Generator().manual_seed(0)).to(sample))
+            returned.append(_fixed_noise(sample))
             return returned[0], returned[0]
 
         session = self.session(cond, visits=[Visit(0, pretend=True), Visit(1, pretend=True)], on_step=on_step)
@@ -235,6 +259,15 @@ class Driver:
 
 
 UNKNOWN = Layout(False, 0, {}, False, torch.float32)
+
+
+def _fixed_noise(like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+
+
+def _timesteps(session: Session) -> torch.Tensor:
+    assert session.seen.timesteps is not None
+    return session.seen.timesteps
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

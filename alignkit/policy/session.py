@@ -42,7 +42,6 @@ class Call:
     name: str
     rows: int
     leaves: list[Any]
-    output: Any = None
 
 
 @dataclass
@@ -85,7 +84,9 @@ class Session:
         self.loop_length = 0  # of the pipeline's loop, once known: image-to-image drops leading timesteps
         self.latents: torch.Tensor | None = None
         self.latents_index = 0
-        self.templates: Mapping[str, tuple[int, Any]] = {}
+        self.templates: dict[str, tuple[int, Any]] = {}
+        self.learning = False
+        self.observed: set[str] = set()
         self.replaced: Sequence[Mapping[int, torch.Tensor]] | None = None  # by call, by argument leaf
         self.copy = copy.copy(pipe)
         self.copy.__dict__["scheduler"] = stand_in(pipe.scheduler, self)
@@ -167,6 +168,8 @@ class Session:
         """Yield the visited iterations of the loop."""
         times = list(timesteps)
         self.seen.enumerated = True
+        if self.learning:
+            self.templates.clear()  # of what ran before the loop
         if self.visits is None or self.loop_length == 0:
             self.seen.timesteps = torch.stack([torch.as_tensor(t) for t in times])
         if self.stop_at_loop:
@@ -240,9 +243,12 @@ class Session:
         return call
 
     def observe(self, names: Iterable[str]) -> None:
-        """Shadow these modules: record their calls inside the loop, pretend or replace timesteps where asked."""
+        """Shadow these modules, once: record their calls inside the loop, pretend or replace timesteps where asked."""
         for name in names:
             part = self.copy.__dict__[name]
+            if name in self.observed:
+                continue
+            self.observed.add(name)
             twin = copy.copy(part)
             twin.__dict__["forward"] = self._observed(name, part)
             self.copy.__dict__[name] = twin
@@ -252,17 +258,18 @@ class Session:
             if self.seen.timesteps is None:  # still encoding
                 return part.forward(*args, **kwargs)
             leaves, spec = tree_flatten((args, kwargs))
-            if self.replaced is not None:
+            if self.replaced is not None and not self.visit.pretend:
                 new = self.replaced[len(self.seen.calls)]
                 leaves = [new.get(i, leaf) for i, leaf in enumerate(leaves)]
                 args, kwargs = tree_unflatten(leaves, spec)
             call = Call(name, rows_of([*args, *kwargs.values()]), leaves)
             self.seen.calls.append(call)
-            if self.visit.pretend:
-                call.output = pretend_output(self.templates[name], call.rows, len(self.seen.calls))
-            else:
-                call.output = part.forward(*args, **kwargs)
-            return call.output
+            if self.visit.pretend and name in self.templates:
+                return pretend_output(self.templates[name], call.rows, len(self.seen.calls))
+            output = part.forward(*args, **kwargs)
+            if name not in self.templates:
+                self.templates[name] = (call.rows, output)
+            return output
 
         return forward
 
