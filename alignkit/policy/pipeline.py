@@ -28,7 +28,8 @@ from alignkit.policy.conditioning import Conditioning
 from alignkit.policy.driver import Driver
 from alignkit.policy.lora_formats import load_lora
 from alignkit.policy.memory import Offloaded, offload_encoders, remember
-from alignkit.policy.session import Call, Session, Stop, Visit, mix_arguments
+from alignkit.policy.onestep import mixed_step, one_step, session_from, visit_of
+from alignkit.policy.session import Session, Stop, Visit
 from alignkit.types import Prompt, Rollouts, StepRecord
 
 Rng = torch.Generator | list[torch.Generator]
@@ -188,93 +189,10 @@ class Policy:
         times = torch.as_tensor(t)
         with self._lock:
             if times.ndim == 0:
-                return self._one_step(x, [self._visit(float(times), cond)], cond)
+                return one_step(self.driver, x, visit_of(float(times), cond), cond)
             if times.shape != (len(x),):
                 raise RecipeError(f"timesteps of shape {tuple(times.shape)} for {len(x)} samples; give one or (B,)")
-            return self._mixed_step(x, [float(v) for v in times], cond)
-
-    def _visit(self, t: float, cond: Conditioning) -> Visit:
-        grid = cond.timesteps.double().cpu()
-        index = int((grid - t).abs().argmin())
-        return Visit(index, None if float(grid[index]) == t else t)
-
-    def _one_step(
-        self,
-        x: torch.Tensor,
-        visits: list[Visit],
-        cond: Conditioning,
-        replaced: list[dict[int, torch.Tensor]] | None = None,
-    ) -> torch.Tensor:
-        captured: list[torch.Tensor] = []
-
-        def on_step(index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            if session.visit.pretend:
-                return x.to(sample), x.to(sample)
-            captured.append(output)
-            raise Stop
-
-        session = self._session(x, cond, visits, on_step)
-        if replaced is not None:
-            session.replaced = replaced
-            if cond.layout.latents_index is not None:  # else they are observed already
-                session.observe(cond.layout.denoisers)
-        self.driver.run(session, cond, grad=torch.is_grad_enabled())
-        return captured[0]
-
-    def _session(self, x: torch.Tensor, cond: Conditioning, visits: list[Visit], on_step: Any) -> Session:
-        """A session that begins with latents `x`: put in by `prepare_latents`, or carried in by a pretended step."""
-        if cond.layout.latents_index is not None:
-            session = self.driver.session(cond, visits=visits, on_step=on_step)
-            session.latents = x
-            return session
-        carried = [Visit(max(visits[0].index - 1, 0) if visits else 0, pretend=True), *visits]
-        session = self.driver.session(cond, visits=carried, on_step=on_step)
-        session.observe(cond.layout.denoisers)
-        return session
-
-    def _mixed_step(self, x: torch.Tensor, times: list[float], cond: Conditioning) -> torch.Tensor:
-        distinct = sorted(set(times))
-        if len(distinct) == 1:
-            return self._one_step(x, [self._visit(distinct[0], cond)], cond)
-        which = [distinct.index(t) for t in times]
-        rows = self._timestep_rows(x, distinct, which, cond)
-        if rows is not None:
-            return self._one_step(x, [self._visit(times[0], cond)], cond, rows)
-        parts: list[torch.Tensor | None] = [None] * len(x)
-        for value, t in enumerate(distinct):
-            members = [i for i, w in enumerate(which) if w == value]
-            output = self._one_step(x[members], [self._visit(t, cond)], cond[members])
-            for i, row in zip(members, output, strict=True):
-                parts[i] = row
-        return torch.stack([p for p in parts if p is not None])
-
-    def _timestep_rows(
-        self, x: torch.Tensor, distinct: list[float], which: list[int], cond: Conditioning
-    ) -> list[dict[int, torch.Tensor]] | None:
-        """The arguments of each denoiser call that depend on the time, with one time per sample; None where a step
-        differs in more than those.
-
-        Every time is visited with pretended denoisers that answer the same numbers: if what reaches `step` is the
-        same as well, the time enters only through the arguments that changed.
-        """
-        outputs: list[torch.Tensor] = []
-        calls: list[list[Call]] = []
-
-        def on_step(index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            outputs.append(output)
-            calls.append(list(session.seen.calls))
-            return x.to(sample), x.to(sample)
-
-        visits = [Visit(self._visit(t, cond).index, t, pretend=True) for t in distinct]
-        session = self._session(x, cond, visits, on_step)
-        session.observe(cond.layout.denoisers)
-        with torch.no_grad():
-            self.driver.run(session, cond)
-        outputs, calls = outputs[-len(visits) :], calls[-len(visits) :]
-        if any(not torch.equal(o, outputs[0]) for o in outputs) or len({len(one) for one in calls}) != 1:
-            return None
-        mixed = [mix_arguments(same, which) for same in zip(*calls, strict=True)]
-        return None if any(one is None for one in mixed) else [one for one in mixed if one is not None]
+            return mixed_step(self.driver, x, [float(v) for v in times], cond)
 
     def sigma_of(self, t: torch.Tensor | float, cond: Conditioning) -> torch.Tensor:
         """sigma in [0, 1] of network times; on the grid, the grid's own value. Same shape as `t`, float32."""
@@ -356,7 +274,7 @@ class Policy:
         with self._lock:
             mask = self.driver.free_mask(cond) if plan.stochastic else None
             start = self.initial_latents(cond, generators)
-            session = self._session(start, cond, [Visit(k) for k in range(plan.num_steps)], on_step)
+            session = session_from(self.driver, start, cond, [Visit(k) for k in range(plan.num_steps)], on_step)
             self.driver.run(session, cond)
         return Rollouts(last[0], tuple(records), cond.sigmas)
 
@@ -371,7 +289,7 @@ class Policy:
             return x0.to(sample), x0.to(sample)
 
         with self._lock:
-            session = self._session(x0, cond, [], on_step)
+            session = session_from(self.driver, x0, cond, [], on_step)
             self._bare(session)
             result = self.driver.run(session, cond, output_type="pt", grad=torch.is_grad_enabled())
         media = result[0] if isinstance(result, tuple | list) else result

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,24 +11,23 @@ from typing import Any
 
 import torch
 
-from alignkit.data.prompts import load_prompts, split
 from alignkit.data.sampler import GroupSampler
 from alignkit.errors import CheckpointError, RecipeError
 from alignkit.objectives.advantages import group_statistics
-from alignkit.policy import Policy
 from alignkit.policy.adapters import denoisers
 from alignkit.policy.memory import checkpointing
-from alignkit.rewards import Weighted, status
+from alignkit.rewards import Weighted
 from alignkit.training import checkpoint, finish, grpo
 from alignkit.training.assess import Assessment, assess
 from alignkit.training.experience import Experience, collect, conditions, join_scores
 from alignkit.training.grpo import GRPO
 from alignkit.training.progress import Display
-from alignkit.training.recipe import Recipe, RewardSpec
-from alignkit.training.recipe_files import Source, reload, resolved, save
+from alignkit.training.recipe import Recipe
+from alignkit.training.recipe_files import Source, reload, save
 from alignkit.training.run_dir import RunDir
 from alignkit.training.runtime import Runtime
 from alignkit.training.seeds import global_state, restore_global_state
+from alignkit.training.setup import available, policy_of, prompts_of
 from alignkit.training.signals import Interrupted, StopFlag, listening
 from alignkit.training.update import accumulate, averages, minibatches
 from alignkit.types import Prompt
@@ -274,35 +272,6 @@ def _numbered(groups: list[torch.Tensor]) -> torch.Tensor:
     for g in groups:
         offsets.append(offsets[-1] + int(g.max()) + 1)
     return torch.cat([g + o for g, o in zip(groups, offsets, strict=False)])
-
-
-def available(judges: Sequence[RewardSpec], say: Callable[[str], None]) -> list[RewardSpec]:
-    """The judges that can load here; one that cannot is left out with a sentence, since nothing is trained on it."""
-    known, found = status(), []
-    for judge in judges:
-        if isinstance(judge, str) and known.get(judge, "ready") != "ready":
-            say(f"judge {judge!r} is left out: {known[judge]}")
-        else:
-            found.append(judge)
-    return found
-
-
-def prompts_of(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts."""
-    prompts = load_prompts(resolved(recipe.prompts))
-    if recipe.eval_prompts is None:
-        prompts, held_out = split(prompts, seed=recipe.seed)
-    else:
-        held_out = load_prompts(resolved(recipe.eval_prompts))
-    return prompts, held_out[: recipe.eval_limit]
-
-
-def policy_of(recipe: Recipe, runtime: Runtime) -> Policy:
-    """The recipe's pipeline on this process's device, with its trained weights."""
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(resolved(recipe.model), dtype=runtime.dtype).to(runtime.device)
-    return Policy(pipe, recipe.train, init_lora=recipe.init_lora, attention=recipe.attention)
 
 
 def start(recipe: Recipe, folder: Path, source: Source | None = None, command: list[str] | None = None) -> Path:

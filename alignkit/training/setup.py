@@ -1,0 +1,42 @@
+"""What a run loads before it begins: prompts, judges, the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from diffusers import DiffusionPipeline
+
+from alignkit.data.prompts import load_prompts, split
+from alignkit.policy import Policy
+from alignkit.rewards import status
+from alignkit.training.recipe import Recipe, RewardSpec
+from alignkit.training.recipe_files import resolved
+from alignkit.training.runtime import Runtime
+from alignkit.types import Prompt
+
+
+def available(judges: Sequence[RewardSpec], say: Callable[[str], None]) -> list[RewardSpec]:
+    """The judges that can load here; one that cannot is left out with a sentence, since nothing is trained on it."""
+    known, found = status(), []
+    for judge in judges:
+        if isinstance(judge, str) and known.get(judge, "ready") != "ready":
+            say(f"judge {judge!r} is left out: {known[judge]}")
+        else:
+            found.append(judge)
+    return found
+
+
+def prompts_of(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts."""
+    prompts = load_prompts(resolved(recipe.prompts))
+    if recipe.eval_prompts is None:
+        prompts, held_out = split(prompts, seed=recipe.seed)
+    else:
+        held_out = load_prompts(resolved(recipe.eval_prompts))
+    return prompts, held_out[: recipe.eval_limit]
+
+
+def policy_of(recipe: Recipe, runtime: Runtime) -> Policy:
+    """The recipe's pipeline on this process's device, with its trained weights."""
+    pipe = DiffusionPipeline.from_pretrained(resolved(recipe.model), dtype=runtime.dtype).to(runtime.device)
+    return Policy(pipe, recipe.train, init_lora=recipe.init_lora, attention=recipe.attention)
