@@ -306,6 +306,7 @@ def _yes(ran: bool) -> str:
 def _bench(args: argparse.Namespace) -> int:
     from alignkit.training.benchmark import bench, lines
 
+    _no_loading_bars()
     record = bench()
     if args.json:
         return _print_json(record)
