@@ -282,9 +282,11 @@ class Session:
         with torch.set_grad_enabled(grad):
             try:
                 return looped(self.copy, **call)
-            except Stop:
-                if vars(self.pipe).get("_all_hooks"):
+            except BaseException as left:
+                if vars(self.pipe).get("_all_hooks"):  # an early end skips the pipeline's own
                     self.pipe.maybe_free_model_hooks()
+                if not isinstance(left, Stop):
+                    raise
                 return None
 
 
