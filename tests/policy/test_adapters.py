@@ -77,9 +77,11 @@ def test_before_training_the_trained_output_is_the_bases_bit_for_bit() -> None:
     base = plain.model_output(x, t, cond)
     torch.testing.assert_close(adapted.model_output(x, t, own), base, rtol=0, atol=0)
     move(adapted)
-    assert not torch.equal(adapted.model_output(x, t, own), base)
+    trained = adapted.model_output(x, t, own)
+    assert not torch.equal(trained, base)
     with adapted.reference():
         torch.testing.assert_close(adapted.model_output(x, t, own), base, rtol=0, atol=0)
+    torch.testing.assert_close(adapted.model_output(x, t, own), trained, rtol=0, atol=0)
 
 
 def test_the_reference_lets_gradients_to_the_latents_and_none_to_the_adapter() -> None:
@@ -135,9 +137,10 @@ def test_companions_follow_the_trained_weights_by_the_decay_and_give_no_gradient
     move(policy)
     after = [p.detach().clone() for p in policy.parameters()]
     with companion():
-        output = policy.model_output(x, t, cond)
+        output = policy.model_output(x.clone().requires_grad_(), t, cond)
         assert not output.requires_grad
         torch.testing.assert_close(output, first, rtol=0, atol=0)
+    assert not torch.equal(policy.model_output(x, t, cond), first)  # the trained weights are back
     policy.snapshot(name, decay=0.75)
     with torch.no_grad():
         for parameter, a, b in zip(policy.parameters(), before, after, strict=True):
@@ -195,6 +198,7 @@ def test_a_lora_of_the_users_stays_active_and_frozen_beside_the_trained_one() ->
         assert not torch.equal(policy.model_output(x, t, own), styled)
         with policy.reference():
             torch.testing.assert_close(policy.model_output(x, t, own), styled, rtol=0, atol=0)
+        policy.snapshot("old")
         style = [p for n, p in pipe.transformer.named_parameters() if ".style." in n]
         assert style and not any(p.requires_grad for p in style)
     assert tree(pipe) == before
