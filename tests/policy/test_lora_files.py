@@ -52,6 +52,21 @@ def test_a_saved_lora_loads_in_a_fresh_pipeline_and_gives_the_trained_output(nam
     assert (loaded - base).abs().max() > 1e-2
 
 
+def test_a_second_expert_has_a_file_of_its_own(tmp_path: Path) -> None:
+    entry = ZOO["wan_two_experts"]
+    call = {**entry.call, **next(iter(entry.variants.values()))}
+    policy, fresh = trained("wan_two_experts"), entry.build()
+    base, expected = (own_steps(pipe, num_steps=3, **call) for pipe in (fresh, policy.pipe))
+    save_lora(policy, tmp_path)
+    fresh.load_lora_weights(tmp_path, adapter_name="first")
+    second = {"weight_name": "transformer_2.safetensors", "load_into_transformer_2": True}
+    fresh.load_lora_weights(tmp_path, adapter_name="second", **second)
+    loaded = own_steps(fresh, num_steps=3, **call)
+    for before, ours, theirs in zip(base, expected, loaded, strict=True):
+        assert (theirs.model_output - ours.model_output).abs().max() < 1e-4
+        assert (before.model_output - ours.model_output).abs().max() > 1e-2
+
+
 def test_saving_leaves_the_policy_and_the_pipeline_as_they_were(tmp_path: Path) -> None:
     policy = trained("sd3")
     policy.snapshot("ema")
