@@ -247,7 +247,7 @@ def bench(batches: Sequence[int] = (8, 1)) -> dict[str, Any]:
     """Measure; takes about a minute on one CPU core.
 
     Returns:
-        a JSON record: `overhead` and `overhead_batch1` (shares of wall time, the median where there are several rounds),
+        a JSON record: `overhead` and `overhead_batch1` (shares of wall time, medians where rounds are several),
         `memory_ratio`, and for each batch the seconds by part.
     """
     threads = torch.get_num_threads()

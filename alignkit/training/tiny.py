@@ -1,0 +1,184 @@
+"""`--tiny`: any recipe's code path, for two steps, on a tiny random pipeline of the same class."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import shutil
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignkit.errors import RecipeError
+from alignkit.training import shrink
+from alignkit.training.blueprint import DENOISERS, build, class_named, configurations, count, local_folder, on_meta
+from alignkit.training.grpo import GRPO
+from alignkit.training.recipe import Recipe
+
+SMALL_ENOUGH = 20_000_000  # parameters; such a pipeline keeps its own sizes
+PIXELS, FRAMES, TEXT_LENGTH = 64, 9, 77
+WEIGHTS = ("*.safetensors", "*.bin", "*.msgpack", "*.onnx", "*.safetensors.index.json", "*.h5")
+BUILD_FAULTS = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
+
+
+def tiny(recipe: Recipe, out: Path) -> Recipe:
+    """The recipe with two steps, two prompts of two samples, and a tiny random model written to `out/model`.
+
+    A random model's pictures have no text and no subject, so rewards that read give every sample the same score and
+    no group carries a signal: `brightness` joins the rewards of images, so that there is something to train on.
+
+    Raises:
+        RecipeError: the pipeline's class cannot be made small, or nothing is known about it here.
+    """
+    if (out / "recipe.json").exists():
+        raise RecipeError(f"{out} already holds a run; give --tiny another --out, or none for a temporary folder")
+    pipeline = write_model(recipe.model, out / "model")
+    return dataclasses.replace(recipe, model=str(out / "model"), **_few(recipe, pipeline))
+
+
+def _few(recipe: Recipe, pipeline: str) -> dict[str, Any]:
+    """Fields of a recipe that make it short; everything else is the recipe's own."""
+    import diffusers
+
+    keywords = inspect.signature(inspect.unwrap(getattr(diffusers, pipeline).__call__)).parameters
+    call = dict(recipe.call)
+    for name, most in (("height", PIXELS), ("width", PIXELS), ("num_frames", FRAMES)):
+        if name in keywords:
+            call[name] = min(int(call.get(name) or most), most)
+    rewards = dict(recipe.rewards)
+    if "num_frames" not in keywords:
+        rewards.setdefault("brightness", 1.0)
+    fields: dict[str, Any] = {
+        "steps": 2,
+        "time_limit": None,
+        "call": call,
+        "prompts_per_step": 2 * recipe.updates,
+        "rewards": rewards,
+        "micro_batch": None if recipe.micro_batch is None else min(recipe.micro_batch, 2),
+        "rollout_batch": None if recipe.rollout_batch is None else min(recipe.rollout_batch, 2),
+        "init_lora": None,
+        "eval_every": 1,
+        "eval_limit": 2,
+        "eval_curve_prompts": 2,
+        "sample_prompts": 2,
+        "diversity_prompts": min(recipe.diversity_prompts, 1),
+        "diversity_samples": min(recipe.diversity_samples, 2),
+        "precision": "fp32" if recipe.precision == "fp16" and not torch.cuda.is_available() else recipe.precision,
+    }
+    if isinstance(recipe, GRPO):
+        fields["group_size"] = 2
+    return fields
+
+
+def write_model(model: str, out: Path) -> str:
+    """Write a tiny random pipeline of `model`'s class to `out`; returns the class's name."""
+    folder = local_folder(model)
+    if folder is not None:
+        return _from_folder(folder, out)
+    for stem, record in configurations().items():
+        if model.lower() in (stem, record["name"].lower(), record["hub_id"].lower()):
+            _from_record(record, out)
+            return record["pipeline"]
+    raise RecipeError(
+        f"--tiny builds {model!r} from its configuration, and there is none here: give a local folder with a "
+        f"model_index.json, or one of {', '.join(configurations())}"
+    )
+
+
+def _from_folder(folder: Path, out: Path) -> str:
+    """Copy tokenizers, schedulers and processors; rebuild every network from its configuration, made small."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    configs: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for name, entry in index.items():
+        file = folder / name / "config.json"
+        if isinstance(entry, list) and all(isinstance(e, str) for e in entry) and file.is_file():
+            cls = class_named(*entry)
+            if issubclass(cls, nn.Module):
+                configs[name] = (cls, json.loads(file.read_text(encoding="utf-8")))
+    large = sum(count(on_meta(cls, config)) for cls, config in configs.values()) > SMALL_ENOUGH
+    for name, (cls, config) in configs.items():
+        network = _network(name, cls, small_config(cls, config) if large else config)
+        network.save_pretrained(out / name)  # type: ignore[operator]
+    return index["_class_name"]
+
+
+def _from_record(record: Mapping[str, Any], out: Path) -> None:
+    """Networks from a shipped configuration, made small; tokenizers of characters; the scheduler's defaults."""
+    import diffusers
+
+    cls = getattr(diffusers, record["pipeline"])
+    parts: dict[str, Any] = {}
+    for name, part in record["components"].items():
+        own = class_named(part["library"], part["class"])
+        parts[name] = _network(name, own, small_config(own, part["config"]))
+        if "text_encoder" in name:
+            parts[name.replace("text_encoder", "tokenizer")] = tokenizer_for(part["class"])
+    parts["scheduler"] = _scheduler(record)
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if name not in ("self", *parts) and parameter.default is inspect.Parameter.empty:
+            parts[name] = None
+    switches = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    cls(**parts, **switches).save_pretrained(out)
+
+
+def small_config(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of class `cls` made small."""
+    if cls.__module__.startswith(DENOISERS):
+        return shrink.denoiser(config)
+    if cls.__module__.startswith("diffusers.models.autoencoders"):
+        return shrink.autoencoder(config)
+    return shrink.text_encoder(config) if cls.__module__.startswith("transformers.") else dict(config)
+
+
+def _network(name: str, cls: Any, config: Mapping[str, Any]) -> nn.Module:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return build(cls, config)
+    except BUILD_FAULTS as error:
+        raise RecipeError(
+            f"--tiny cannot make {name} ({cls.__name__}) small: {type(error).__name__}: {error}. Give a small model of "
+            "this class with --model FOLDER instead"
+        ) from error
+
+
+def _scheduler(record: Mapping[str, Any]) -> Any:
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    if record["denoiser"] != "unet":
+        dynamic = record["pipeline"] in ("FluxPipeline", "QwenImagePipeline", "LTXPipeline")
+        return FlowMatchEulerDiscreteScheduler(shift=1.0 if dynamic else 3.0, use_dynamic_shifting=dynamic)
+    if record["pipeline"] == "StableDiffusionXLPipeline":
+        return EulerDiscreteScheduler(**betas, timestep_spacing="leading")
+    return DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False)
+
+
+def tokenizer_for(encoder: str) -> Any:
+    """A tokenizer of single characters of the class that a text encoder goes with.
+
+    Raises:
+        RecipeError: no such tokenizer is known for this encoder.
+    """
+    from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    characters = list(bytes_to_unicode().values())
+    if encoder.startswith("CLIP"):
+        pieces = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TEXT_LENGTH)
+    if encoder.startswith(("T5", "UMT5")):
+        printable = [c for c in string.printable if not c.isspace()]
+        pairs = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -4.0), *((c, -4.0) for c in printable)]
+        return T5Tokenizer(vocab=pairs, extra_ids=0, model_max_length=512)
+    if encoder.startswith("Qwen2"):
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        return Qwen2Tokenizer(vocab={piece: i for i, piece in enumerate([*characters, *special])}, merges=[])
+    raise RecipeError(f"--tiny has no tokenizer for {encoder}; give a local folder of the model, which has its own")
