@@ -17,6 +17,7 @@ import torch
 
 import alignkit
 from alignkit.flow.plan import deterministic, explicit, full
+from alignkit.policy.adapters import denoisers
 from tests.policy.zoo import PROMPTS, ZOO, cases, own_steps, shared
 
 STEPS = 10
@@ -107,18 +108,15 @@ def test_gradients_reach_the_denoiser_and_the_latents(name: str) -> None:
         x.requires_grad_(True)
         output = policy.model_output(x, cond.timesteps[4], cond)
         (output * noise(output.shape)).sum().backward()
-        parameters = policy.parameters()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        assert all(torch.isfinite(g).all() for g in gradients)
-        alive = sum(bool(g.abs().max() > 0) for g in gradients)
-        assert alive >= 0.8 * len(parameters) / count_experts(pipe)
+        modules = [list(m.parameters()) for m in denoisers(pipe).values()]
+        ran = [m for m in modules if any(p.grad is not None for p in m)]  # one expert of two
+        assert ran
+        for parameters in ran:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            assert all(torch.isfinite(g).all() for g in gradients)
+            assert sum(bool(g.abs().max() > 0) for g in gradients) >= 0.8 * len(parameters)
         assert x.grad is not None
         assert (x.grad.flatten(1).abs().amax(1) > 0).all()
-
-
-def count_experts(pipe: Any) -> int:
-    """Only one expert of two runs at a step."""
-    return 2 if pipe.components.get("transformer_2") is not None else 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,27 +175,35 @@ def test_initial_latents_are_what_the_pipelines_loop_starts_from(policy: alignki
         torch.testing.assert_close(x, own, rtol=1e-6, atol=1e-6)
 
 
+def agree(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to 1e-5 of the largest value: another batch size rounds differently, and guidance amplifies it."""
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_one_timestep_per_sample_equals_one_call_each(policy: alignkit.Policy, name: str) -> None:
     cond, x = start(policy, name)
     t = cond.timesteps[[2, 7]]
-    rows = [policy.model_output(x[[i]], t[i], cond[[i]]) for i in range(2)]
-    torch.testing.assert_close(policy.model_output(x, t, cond), torch.cat(rows), rtol=1e-5, atol=1e-5)
+    rows = [policy.model_output(x, t[i], cond)[[i]] for i in range(2)]
+    agree(policy.model_output(x, t, cond), torch.cat(rows))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if not ZOO[n].draws_per_batch])
 @torch.no_grad()
 def test_a_subset_agrees_with_its_rows_of_the_batch(policy: alignkit.Policy, name: str) -> None:
     cond, x = start(policy, name)
     t = cond.timesteps[4]
     whole = policy.model_output(x, t, cond)
-    torch.testing.assert_close(policy.model_output(x[[1]], t, cond[[1]]), whole[[1]], rtol=1e-5, atol=1e-5)
-    swapped = policy.model_output(x[[1, 0]], t, cond[[1, 0]])
-    torch.testing.assert_close(swapped, whole[[1, 0]], rtol=1e-5, atol=1e-5)
+    agree(policy.model_output(x[[1]], t, cond[[1]]), whole[[1]])
+    agree(policy.model_output(x[[1, 0]], t, cond[[1, 0]]), whole[[1, 0]])
 
 
-FLOW_EULER = [n for n in NAMES if type(shared(n).scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"]
+OTHER_SOLVERS = {
+    *("sd15", "sd15_pndm", "sd15_controlnet", "sd15_inpaint", "sd15_inpaint_blend", "sdxl", "animatediff", "latte"),
+    *("pixart", "sana", "sana_video", "wan_t2v_unipc", "cogvideox_t2v", "cogvideox_i2v"),
+}
+FLOW_EULER = [n for n in NAMES if n not in OTHER_SOLVERS]  # a first-order flow solver, as ours
 
 
 @pytest.mark.parametrize("name", FLOW_EULER)
@@ -210,8 +216,7 @@ def test_a_deterministic_rollout_is_the_pipelines_own_run(policy: alignkit.Polic
     rolled = policy.rollout(cond, deterministic(STEPS), generators)
     assert rolled.steps == ()
     if not ZOO[name].image:  # else the initial latents are other draws of the same generators
-        x0 = own[-1].sample - cond.sigmas[-2] * own[-1].model_output
-        torch.testing.assert_close(rolled.x0, x0, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rolled.x0, own[-1].next_sample, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

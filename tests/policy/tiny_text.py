@@ -33,6 +33,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3Model,
     T5Config,
@@ -207,6 +210,15 @@ def mistral() -> Mistral3ForConditionalGeneration:
 def qwen_tokenizer() -> PreTrainedTokenizerFast:
     """Special tokens and chat template of Qwen; 34 tokens for the image template, as the real one gives."""
     return word_tokenizer(QWEN_SPECIAL, pad="<|endoftext|>")
+
+
+def qwen_processor() -> Qwen2_5_VLProcessor:
+    """Tokenizer and picture processor of Qwen2.5-VL for pictures of 56 to 112 px."""
+    pictures = Qwen2VLImageProcessor(patch_size=14, merge_size=2, min_pixels=56 * 56, max_pixels=112 * 112)
+    return Qwen2_5_VLProcessor(
+        image_processor=pictures, tokenizer=qwen_tokenizer(), video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 def qwen_vl(width: int = WIDTH, head_dim: int = 8) -> Qwen2_5_VLForConditionalGeneration:

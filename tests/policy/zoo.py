@@ -8,7 +8,7 @@ untouched loop hands to its scheduler. Sizes follow those of diffusers' own test
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,32 +20,8 @@ from tests.policy import tiny_image as image
 from tests.policy import tiny_more as more
 from tests.policy import tiny_video as video
 from tests.policy.tiny_parts import picture
-
-PROMPTS = ("a red cat", "a blue dog")
-BAD = {"negative_prompt": ["bad quality"] * len(PROMPTS)}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One pipeline of the zoo.
-
-    Attributes:
-        build: makes the pipeline; every call gives a fresh one with the same weights.
-        call: the pipeline's own keywords that make it small, the same in every variant.
-        variants: further keywords by name; each is compared with the pipeline's own loop.
-        video: decoded media are (B, T, 3, H, W), not (B, 3, H, W).
-        image: conditioned on an image, so the prologue may draw random numbers.
-        scaled: its scheduler scales what the denoiser sees (`scale_model_input`).
-        family: the name in the README's table.
-    """
-
-    build: Callable[[], DiffusionPipeline]
-    family: str
-    call: Mapping[str, Any]
-    variants: Mapping[str, Mapping[str, Any]]
-    video: bool = False
-    image: bool = False
-    scaled: bool = False
+from tests.policy.zoo_entry import BAD, CFG, EMBEDDED, PICTURES, PROMPTS, Entry
+from tests.policy.zoo_extra import EXTRA
 
 
 @dataclass(frozen=True)
@@ -58,6 +34,7 @@ class Step:
         sample: (B, ...) latents before the step.
         scaled_sample: (B, ...) what `scale_model_input` made of them; equal to `sample` for most schedulers.
         model_output: (B, ...) after guidance.
+        next_sample: (B, ...) what the scheduler returned.
     """
 
     index: int
@@ -65,14 +42,9 @@ class Step:
     sample: torch.Tensor
     scaled_sample: torch.Tensor
     model_output: torch.Tensor
+    next_sample: torch.Tensor
 
 
-CFG = {"guided": {"guidance_scale": 4.0}, "unguided": {"guidance_scale": 1.0}}
-EMBEDDED = {
-    "embedded": {"guidance_scale": 3.5},
-    "true_cfg": {"guidance_scale": 3.5, "true_cfg_scale": 3.0, **BAD},
-}
-PICTURES = (picture(0), picture(1))
 WAN = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 8}
 LTX = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 8}
 COG = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
@@ -81,7 +53,7 @@ SANA = {"height": 32, "width": 32, "max_sequence_length": 8, "complex_human_inst
     "clean_caption": False,
 }
 
-ZOO: dict[str, Entry] = {
+REQUIRED: dict[str, Entry] = {
     "sd15": Entry(image.sd15, "Stable Diffusion 1.5", {"height": 32, "width": 32}, CFG),
     "sd15_pndm": Entry(image.sd15_pndm, "Stable Diffusion 1.5 (PNDM)", {"height": 32, "width": 32}, CFG),
     "sd15_controlnet": Entry(
@@ -91,7 +63,7 @@ ZOO: dict[str, Entry] = {
         CFG | {"window": {"guidance_scale": 4.0, "control_guidance_start": 0.25, "control_guidance_end": 0.65}},
         image=True,
     ),
-    "sdxl": Entry(image.sdxl, "Stable Diffusion XL (Euler)", {"height": 32, "width": 32}, CFG, scaled=True),
+    "sdxl": Entry(image.sdxl, "Stable Diffusion XL (Euler)", {"height": 32, "width": 32}, CFG),
     "sd3": Entry(
         image.sd3,
         "Stable Diffusion 3",
@@ -219,6 +191,8 @@ ZOO: dict[str, Entry] = {
     ),
 }
 
+ZOO: dict[str, Entry] = {**REQUIRED, **EXTRA}
+
 
 @functools.cache
 def shared(name: str) -> DiffusionPipeline:
@@ -237,9 +211,10 @@ def _recording(scheduler: Any, steps: list[Step]) -> Iterator[None]:
     def record(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # batched guidance repeats the rows before they are scaled; the first copy is what belongs to `sample`
         fed = scaled.pop()[: len(sample)] if scaled else sample
-        seen = [x.detach().clone() for x in (torch.as_tensor(timestep), sample, fed, model_output)]
-        steps.append(Step(len(steps), *seen))
-        return step(model_output, timestep, sample, *args, **kwargs)
+        before = [x.detach().clone() for x in (torch.as_tensor(timestep), sample, fed, model_output)]
+        result = step(model_output, timestep, sample, *args, **kwargs)
+        steps.append(Step(len(steps), *before, result[0].detach().clone()))
+        return result
 
     scheduler.step = record
     if "scale_model_input" in dir(type(scheduler)):
@@ -270,12 +245,14 @@ def own_steps(
     """Run the pipeline's own loop with its own scheduler; return what it handed to `step`, in order.
 
     `seeds` are per-sample generator seeds; without them sample i is seeded with `seed + i`. A pipeline that
-    encodes an image draws from these generators before the loop.
+    encodes an image draws from these generators before the loop; one that draws from the global generator instead
+    (SD3 + ControlNet) finds it seeded with the first of them.
     """
     seeds = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
     generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
     steps: list[Step] = []
-    with _recording(pipe.scheduler, steps), torch.no_grad():
+    with _recording(pipe.scheduler, steps), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds[0])
         pipe(
             prompt=list(prompts),
             num_inference_steps=num_steps,
