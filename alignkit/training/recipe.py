@@ -39,6 +39,7 @@ class Recipe:
         precision: "fp32", "bf16" or "fp16" (mixed: adapters stay float32). fp32 means fp32.
         ema_decay: moving average of the weights that is evaluated and saved; None: none.
         seed: of everything random in the run.
+        warmup, lr_schedule: rounds of linear warm-up; "linear" then falls to 0 at the last of `steps`.
         on_error: what a failed reward does: "raise" stops the run, "mask" leaves the sample out.
         eval_every: rounds between small held-out evaluations (curves); 0: none.
         eval_limit: held-out prompts of the evaluations before and after; None: all.
@@ -67,6 +68,7 @@ class Recipe:
     train_guidance: Literal["same", "off"] = "same"
     lr: float = 3e-4
     warmup: int = 0
+    lr_schedule: Literal["constant", "linear"] = "constant"
     weight_decay: float = 1e-4
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
@@ -87,6 +89,11 @@ class Recipe:
     checkpoint_seconds: float = 15.0
     keep_checkpoints: int = 2
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of round `step`."""
+        warm = min(1.0, (step + 1) / max(self.warmup, 1))
+        return self.lr * warm * (1 - step / self.steps if self.lr_schedule == "linear" else 1.0)
 
     def validate(self) -> None:
         """Refuse what cannot work, saying what was given, the rule, and a value that would work.

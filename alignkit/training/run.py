@@ -176,10 +176,10 @@ class Run:
     def update(
         self, step: int, experiences: list[Experience], advantage: torch.Tensor, live: torch.Tensor
     ) -> dict[str, float]:
-        """The recipe's optimizer steps over one round; the learning rate warms up over the first rounds."""
+        """The recipe's optimizer steps over one round; the learning rate follows the recipe's schedule."""
         recipe, metrics = self.recipe, {}
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * min(1.0, (step + 1) / max(recipe.warmup, 1))
+            group["lr"] = recipe.lr_at(step)
         shares = minibatches(experiences, advantage, live, recipe.updates, drop=self.runtime.world == 1)
 
         def loss_of(cond: Any, record: Any, weight: torch.Tensor) -> Any:
