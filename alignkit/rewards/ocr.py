@@ -34,14 +34,15 @@ class OCR:
         engine: "rapidocr", "tesseract", or a `TextReader`.
         detect: find the lines of text first, for pictures with text somewhere; False reads the whole image
             as one line, for signs and crops, and is several times faster.
-        threads: CPU threads of the engine, at least 1.
+        threads: CPU threads of the engine, at least 1; None: as many as torch uses.
     """
 
     name = "ocr"
     kind = "image"
     differentiable = False
 
-    def __init__(self, engine: str | TextReader = "rapidocr", detect: bool = False, threads: int = 1) -> None:
+    def __init__(self, engine: str | TextReader = "rapidocr", detect: bool = False, threads: int | None = None) -> None:
+        threads = min(torch.get_num_threads(), os.cpu_count() or 1) if threads is None else threads
         self.reader = _reader(engine, detect, threads)
 
     def read(self, media: torch.Tensor) -> list[str]:
