@@ -203,10 +203,10 @@ def _recipe(args: argparse.Namespace) -> tuple[Recipe, Source | None, str]:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from alignkit.evaluation.report import write_report
-
     if not (args.run / "recipe.json").is_file():
         raise RecipeError(f"{args.run} has no recipe.json; give the folder of a run, such as runs/quickstart")
+    from alignkit.evaluation.report import write_report
+
     print(write_report(args.run))
     return 0
 

@@ -67,7 +67,7 @@ def open_pipeline(model: str, dtype: torch.dtype = torch.float32, device: str | 
     from diffusers import DiffusionPipeline
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

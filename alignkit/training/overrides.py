@@ -66,9 +66,8 @@ def _require_known(option: str, known: Mapping[str, type], kind: str) -> None:
     parent, _, leaf = path.rpartition(".")
     positive = f"{parent}.{leaf.removeprefix('no_')}".lstrip(".")
     switched_off = leaf.startswith("no_") and known.get(positive) is bool
-    same = {name.replace("-", "_") for name in known}
-    # a tuple of fixed texts is shown by its places (judges.0)
-    if path in same or switched_off or path.rpartition(".")[0] in same:
+    same = {name.replace("-", "_"): own for name, own in known.items()}
+    if path in same or switched_off or (leaf.isdigit() and same.get(parent) is tuple):  # judges.0 is a place in judges
         return
     siblings = [name for name in known if parent and name.startswith(f"{parent}.")]
     names = siblings or [*known, *ELSEWHERE]

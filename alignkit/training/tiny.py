@@ -16,7 +16,7 @@ from torch import nn
 
 from alignkit.errors import RecipeError
 from alignkit.training import shrink
-from alignkit.training.blueprint import DENOISERS, build, class_named, configurations, count, local_folder, on_meta
+from alignkit.training.blueprint import DENOISERS, build, class_named, configurations, count, local_folder
 from alignkit.training.grpo import GRPO
 from alignkit.training.recipe import Recipe
 
@@ -101,7 +101,8 @@ def _from_folder(folder: Path, out: Path) -> str:
             cls = class_named(*entry)
             if issubclass(cls, nn.Module):
                 configs[name] = (cls, json.loads(file.read_text(encoding="utf-8")))
-    large = sum(count(on_meta(cls, config)) for cls, config in configs.values()) > SMALL_ENOUGH
+    with torch.device("meta"):
+        large = sum(count(_network(name, *made)) for name, made in configs.items()) > SMALL_ENOUGH
     for name, (cls, config) in configs.items():
         network = _network(name, cls, small_config(cls, config) if large else config)
         network.save_pretrained(out / name)  # type: ignore[operator]
@@ -143,8 +144,8 @@ def _network(name: str, cls: Any, config: Mapping[str, Any]) -> nn.Module:
             return build(cls, config)
     except BUILD_FAULTS as error:
         raise RecipeError(
-            f"--tiny cannot make {name} ({cls.__name__}) small: {type(error).__name__}: {error}. Give a small model of "
-            "this class with --model FOLDER instead"
+            f"--tiny cannot build {name} ({cls.__name__}) from its configuration: {type(error).__name__}: {error}. "
+            "Give a small model of this class with --model FOLDER instead"
         ) from error
 
 

@@ -1,0 +1,123 @@
+"""The benchmark's clock and its memory counter measure what they say."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from alignkit.training.benchmark import ROUNDS, Clock, LiveTensors, bench, lines, overhead, watched
+from alignkit.training.benchmark_pipeline import TEXT_LENGTH, tiny_sd3
+
+PAUSE = 0.03
+
+
+class Slow(torch.autograd.Function):
+    """The identity, with a backward that takes a while."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        time.sleep(PAUSE)
+        return gradients[0]
+
+
+class SlowDenoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(PAUSE)
+        return Slow.apply(x * self.weight)  # type: ignore[return-value]
+
+
+class InstantDecoder(nn.Module):
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def fake_run() -> Any:
+    pipe = SimpleNamespace(transformer=SlowDenoiser(), vae=InstantDecoder())
+    return SimpleNamespace(policy=SimpleNamespace(pipe=pipe), parameters=list(pipe.transformer.parameters()))
+
+
+def test_only_the_denoisers_own_forward_and_backward_count_as_compute() -> None:
+    run, clock = fake_run(), Clock()
+    with watched(run, clock):
+        output = run.policy.pipe.transformer(torch.ones(2))
+        loss = Slow.apply(output).sum()  # type: ignore[union-attr]  # a slow backward that is not the denoiser's
+        loss.backward()
+        time.sleep(PAUSE)
+        clock.close()
+    assert PAUSE <= clock.seconds["denoiser_forward"] < 1.8 * PAUSE
+    assert PAUSE <= clock.seconds["denoiser_backward"] < 1.8 * PAUSE
+
+
+def test_two_backwards_are_two_intervals_and_what_lies_between_is_overhead() -> None:
+    run, clock = fake_run(), Clock()
+    with watched(run, clock):
+        for _ in range(2):
+            run.policy.pipe.transformer(torch.ones(2)).sum().backward()
+            time.sleep(3 * PAUSE)
+        clock.close()
+    assert 2 * PAUSE <= clock.seconds["denoiser_backward"] < 3.6 * PAUSE
+
+
+def test_the_watched_modules_are_as_before() -> None:
+    run = fake_run()
+    with watched(run, Clock()):
+        pass
+    assert "forward" not in vars(run.policy.pipe.transformer) and "decode" not in vars(run.policy.pipe.vae)
+    run.policy.pipe.transformer(torch.ones(2)).sum().backward()
+
+
+def test_overhead_is_the_share_of_time_that_is_no_compute() -> None:
+    assert overhead({"denoiser_forward": 3.0, "decoder": 1.0, "total": 5.0}) == pytest.approx(0.2)
+
+
+def test_live_tensors_counts_what_is_alive_at_once_and_shared_storage_once() -> None:
+    weight = torch.zeros(1000)
+    with LiveTensors([weight]) as live:
+        assert live.now == 4000
+        first = torch.ones(1000)
+        view = first.view(10, 100)
+        assert live.now == 8000
+        del first, view
+        assert live.now == 4000
+        for _ in range(5):
+            torch.ones(500)
+    assert live.peak == 8000 and live.now == 4000
+
+
+def test_activations_kept_for_a_backward_are_alive_until_it_is_done() -> None:
+    weight = torch.ones(1000, requires_grad=True)
+    with LiveTensors([weight]) as live:
+        (weight.exp().exp().exp()).sum().backward()
+        assert live.peak >= 4 * 4000
+        assert live.now == 2 * 4000  # the weight and its gradient
+
+
+def test_the_pipeline_of_the_benchmark_loads_plainly(tmp_path: Any) -> None:
+    from diffusers import DiffusionPipeline
+
+    tiny_sd3().save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    embeds = pipe.encode_prompt("a sign", None, None, max_sequence_length=TEXT_LENGTH)[0]
+    assert embeds.shape[1] == 2 * TEXT_LENGTH and bool(embeds.isfinite().all())
+
+
+@pytest.mark.slow
+def test_overhead_is_at_most_a_tenth_at_batch_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROUNDS, 1, 1)
+    record = bench()
+    assert record["overhead"] <= 0.10
+    assert 0.5 < record["memory_ratio"] < 1.5
+    assert dict(lines(record))["overhead, batch 8"].endswith("%")
