@@ -18,6 +18,7 @@ from alignkit.policy import LoRA, Policy
 from alignkit.policy.conditioning import Conditioning
 from alignkit.policy.memory import components
 from tests.policy.test_adapters import tree
+from tests.policy.test_attention import processors
 from tests.policy.zoo import PROMPTS, ZOO, own_steps
 
 NAMES = ("sd3", "sdxl", "qwen_image", "wan_i2v", "ltx_i2v")
@@ -63,7 +64,7 @@ def portrait(pipe: DiffusionPipeline) -> dict[str, Any]:
         found[f"{name} shadows"] = [n for n, m in part.named_modules() if "forward" in vars(m) or "encode" in vars(m)]
         found[f"{name} values"] = [float(p.detach().double().sum()) for p in part.parameters()]
         found[f"{name} flags"] = [(p.requires_grad, p.grad is None) for p in part.parameters()]
-    return found | tree(pipe)
+    return found | tree(pipe) | {"processors": processors(pipe)}
 
 
 def conditioned(policy: Policy, name: str, num_steps: int = 3) -> Conditioning:
@@ -164,7 +165,9 @@ def test_an_exception_inside_the_denoiser_leaves_nothing() -> None:
 def test_an_exception_inside_the_with_block_closes_the_policy() -> None:
     pipe = ZOO["sd3"].build()
     before = portrait(pipe)
-    with pytest.raises(KeyboardInterrupt), Policy(pipe, LoRA(rank=2), attention="_native_math"):
+    policy = Policy(pipe, LoRA(rank=2), attention="_native_math")
+    assert portrait(pipe) != before
+    with pytest.raises(KeyboardInterrupt), policy:
         raise KeyboardInterrupt
     assert portrait(pipe) == before
 
