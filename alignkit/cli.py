@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     known.written = ["alignkit", *arguments]
     # Its warning about C++ extensions is printed at every import; `doctor` says what it means.
     logging.getLogger("xformers").setLevel(logging.ERROR)
+    # Read when torch loads: threads that spin while they wait run many times slower on a busy machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         if known.command not in NO_TORCH:
             _require_fitting_torchvision()
