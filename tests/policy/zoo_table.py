@@ -35,7 +35,7 @@ class Outcomes:
 
 
 def markdown(arguments: Sequence[str] = ()) -> str:
-    """Run the conformance test (`arguments` go to pytest); the table says yes, no, or nothing where it does not apply."""
+    """Run the conformance test (`arguments` go to pytest); a cell is yes, no, or empty where it does not apply."""
     outcomes = Outcomes()
     pytest.main(["-q", "--no-header", "tests/policy/test_conformance.py", *arguments], plugins=[outcomes])
     lines = [" | ".join(["pipeline", "class", "compared", *COLUMNS]), " | ".join(["---"] * (3 + len(COLUMNS)))]
