@@ -16,4 +16,12 @@ from alignkit.training.recipe_files import Source, load
 def recipe() -> GRPO:
     careful = load(Source(path("recipes", "quickstart.py")))
     assert isinstance(careful, GRPO)
-    return replace(careful, rewards={"ocr": 1.0}, judges=("sign_color", "tesseract"), kl_beta=0.0, lr=2e-3)
+    return replace(
+        careful,
+        rewards={"ocr": 1.0},
+        judges=("sign_color", "tesseract"),
+        kl_beta=0.0,
+        lr=5e-3,
+        lr_schedule="constant",
+        ema_decay=None,
+    )
