@@ -21,7 +21,6 @@ def recipe() -> GRPO:
         rewards={"ocr": 1.0},
         judges=("sign_color", "tesseract"),
         kl_beta=0.0,
-        lr=5e-3,
         lr_schedule="constant",
         ema_decay=None,
     )

@@ -48,7 +48,7 @@ def measures(assessment: Assessment, judges: Weighted) -> dict[str, float]:
 
 def baseline(run: Run) -> dict[str, Any]:
     """The base: with our solver, with the pipeline's own scheduler, and with guidance switched on."""
-    recipe, call = run.recipe, dict(run.recipe.call)
+    recipe, call, began = run.recipe, dict(run.recipe.call), time.monotonic()
     with run.policy.reference():
         plain = run.assess(run.held_out, call)
         own = run.assess(run.held_out, call, own_scheduler=True)
@@ -60,6 +60,7 @@ def baseline(run: Run) -> dict[str, Any]:
             write_samples(run, "guidance", f"no training, only {words}", guided)
             record["guidance"] = measures(guided, run.judges)
         record["diversity"] = diversity(run)
+    record["seconds"] = time.monotonic() - began
     return record
 
 
@@ -152,7 +153,7 @@ def write(run: Run) -> None:
     summary = {
         "recipe": type(run.recipe).__name__,
         "seed": run.recipe.seed,
-        "wall_seconds": run.state.trained_seconds + time.monotonic() - began,
+        "wall_seconds": before["seconds"] + run.state.trained_seconds + time.monotonic() - began,
         "train_seconds": run.state.trained_seconds,
         "steps": run.state.step,
         "held_out_prompts": len(run.held_out),
