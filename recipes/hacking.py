@@ -23,4 +23,5 @@ def recipe() -> GRPO:
         kl_beta=0.0,
         lr_schedule="constant",
         ema_decay=None,
+        steps=24,
     )
