@@ -133,7 +133,7 @@ def test_gradients_reach_the_media_through_the_total(media: torch.Tensor) -> Non
         ({length: 1.0}, {"on_error": "ignore"}, "on_error='ignore'"),
         ({"brightness": 1.0, "alignkit.rewards.statistics:Brightness": 1.0}, {}, "two rewards are called"),
     ],
-    ids=str,
+    ids=["nothing", "nan", "text", "policy", "twice"],
 )
 def test_a_combination_that_cannot_work_is_refused(rewards, options, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
