@@ -269,6 +269,8 @@ def cases(names: Sequence[str] = ()) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
+    import sys
+
     from tests.policy.zoo_table import markdown
 
-    print(markdown())
+    print(markdown(sys.argv[1:]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -37,7 +39,8 @@ class Outcomes:
 def markdown(arguments: Sequence[str] = ()) -> str:
     """Run the conformance test (`arguments` go to pytest); a cell is yes, no, or empty where it does not apply."""
     outcomes = Outcomes()
-    pytest.main(["-q", "--no-header", "tests/policy/test_conformance.py", *arguments], plugins=[outcomes])
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is the table alone
+        pytest.main(["-q", "--no-header", "tests/policy/test_conformance.py", *arguments], plugins=[outcomes])
     lines = [" | ".join(["pipeline", "class", "compared", *COLUMNS]), " | ".join(["---"] * (3 + len(COLUMNS)))]
     for name, entry in ZOO.items():
         marks = [outcomes.passed.get((test, name)) for test in COLUMNS.values()]
