@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from PIL import Image
 
+from alignkit.errors import PolicyError
 from alignkit.evaluation.diversity import Diversity, within_groups
 from alignkit.evaluation.report import write_report
 from alignkit.policy import LoRA
@@ -52,7 +53,7 @@ def baseline(run: Run) -> dict[str, Any]:
     with run.policy.reference():
         plain = run.assess(run.held_out, call)
         own = run.assess(run.held_out, call, own_scheduler=True)
-        record = {"ours": measures(plain, run.judges), "own_scheduler": measures(own, run.judges)}
+        record: dict[str, Any] = {"ours": measures(plain, run.judges), "own_scheduler": measures(own, run.judges)}
         write_samples(run, "base", "the pipeline as it was", plain)
         if recipe.guidance_baseline:
             guided = run.assess(run.held_out, {**call, **recipe.guidance_baseline})
@@ -166,13 +167,21 @@ def write(run: Run) -> None:
         "reward_settings": run.judges.describe(),
     }
     run.directory.write_json("summary.json", summary)
-    if isinstance(run.recipe.train, LoRA):
-        save_lora(run.policy, run.directory.lora, ema=run.recipe.ema_decay is not None)
-        run.display.say(f"adapters saved and loaded back: {run.directory.lora}")
     report = write_report(run.directory.folder)
+    if isinstance(run.recipe.train, LoRA):
+        hand_over(run)
     for name, change in {**summary["rewards"], **summary["judges"]}.items():
         run.display.say(f"{name}: {_number(change['before'])} -> {_number(change['after'])}")
     run.display.say(f"report: {report}")
+
+
+def hand_over(run: Run) -> None:
+    """Write `lora/` and say that it was loaded back; a pipeline class that loads no adapters keeps its checkpoint."""
+    try:
+        save_lora(run.policy, run.directory.lora, ema=run.recipe.ema_decay is not None)
+        run.display.say(f"adapters saved and loaded back: {run.directory.lora}")
+    except PolicyError as error:
+        run.display.say(f"no lora/ was written: {error}. The trained weights are in {run.directory.checkpoints}")
 
 
 def _change(before: dict[str, Any], after: dict[str, Any], which: str) -> dict[str, Any]:
