@@ -25,12 +25,14 @@ def session_from(
     driver: Driver, x: torch.Tensor, cond: Conditioning, visits: Sequence[Visit], on_step: OnStep
 ) -> Session:
     """A session that begins with latents `x`: put in by `prepare_latents`, or, where what `step` sees is a slice or
-    another packing, carried in by a pretended iteration, for which `on_step` must return `x`."""
-    if cond.layout.latents_index is not None:
+    another packing, carried in by a pretended iteration, for which `on_step` must return `x`. With no visits, `x` is
+    the end of a run: a loop that blends known parts in after every step does so once more."""
+    carried = cond.layout.latents_index is None or (cond.layout.blends and not visits)
+    if not carried:
         session = driver.session(cond, visits=list(visits), on_step=on_step)
         session.latents = x
         return session
-    before = max(visits[0].index - 1, 0) if visits else 0
+    before = max(visits[0].index - 1, 0) if visits else len(cond.timesteps) - 1
     session = driver.session(cond, visits=[Visit(before, pretend=True), *visits], on_step=on_step)
     session.observe(cond.layout.denoisers)
     return session
@@ -63,7 +65,8 @@ def mixed_step(driver: Driver, x: torch.Tensor, times: list[float], cond: Condit
     if len(distinct) == 1:
         return one_step(driver, x, visit_of(distinct[0], cond), cond)
     which = [distinct.index(t) for t in times]
-    replaced = timestep_arguments(driver, x, distinct, which, cond)
+    # A loop that blends would change the latents between the visits of several times.
+    replaced = None if cond.layout.blends else timestep_arguments(driver, x, distinct, which, cond)
     if replaced is not None:
         return one_step(driver, x, visit_of(times[0], cond), cond, replaced)
     rows: list[torch.Tensor | None] = [None] * len(x)

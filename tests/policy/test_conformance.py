@@ -26,16 +26,6 @@ CASES = [pytest.param(name, variant, id=f"{name}-{variant}") for name, variant i
 NAMES = list(ZOO)
 
 
-def all_but(name: str, reason: str) -> list[Any]:
-    """All entries, `name` known to fail for this reason: the test fails when it passes."""
-    known = pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason))
-    return [*(n for n in NAMES if n != name), known]
-
-
-BLENDED_PICTURE = all_but("sd15_inpaint_blend", "decode does not blend the known part in again, as the own loop does")
-BLENDED_TIMES = all_but("sd15_inpaint_blend", "the blend changes the latents between the visits of several times")
-
-
 def keywords(name: str, variant: str | None = None) -> dict[str, Any]:
     """All keywords of one variant, by default of the entry's first."""
     entry = ZOO[name]
@@ -147,7 +137,7 @@ def test_decoded_media_are_pixels_in_the_unit_range_with_a_gradient(policy: alig
     assert (x.grad.flatten(1).abs().amax(1) > 0).all()
 
 
-@pytest.mark.parametrize("name", BLENDED_PICTURE)
+@pytest.mark.parametrize("name", ZOO)
 @torch.no_grad()
 def test_decoding_is_the_pipelines_own(policy: alignkit.Policy, name: str) -> None:
     pipe, call = shared(name), keywords(name)
@@ -190,7 +180,7 @@ def agree(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
-@pytest.mark.parametrize("name", BLENDED_TIMES)
+@pytest.mark.parametrize("name", ZOO)
 @torch.no_grad()
 def test_one_timestep_per_sample_equals_one_call_each(policy: alignkit.Policy, name: str) -> None:
     cond, x = start(policy, name)
