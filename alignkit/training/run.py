@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,8 @@ def start(recipe: Recipe, folder: Path, source: Source | None = None, command: l
     """
     recipe = _supported(recipe)
     recipe.validate()
+    if not _first_process():
+        return _drive(recipe, RunDir(folder), command or sys.argv)
     directory = RunDir.create(folder)
     with checkpoint.lock(folder):
         save(folder, recipe, source)
@@ -293,8 +296,13 @@ def start(recipe: Recipe, folder: Path, source: Source | None = None, command: l
 def resume(folder: Path, command: list[str] | None = None) -> Path:
     """Continue a run from its newest commit, bit for bit; from step 0, with a sentence, if it has none."""
     recipe, _ = reload(folder)
-    with checkpoint.lock(folder):
+    with checkpoint.lock(folder) if _first_process() else nullcontext():
         return _drive(_supported(recipe), RunDir(folder), command or sys.argv, again=True)
+
+
+def _first_process() -> bool:
+    """Whether this process owns the run directory; launchers say which one it is before anything is loaded."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _supported(recipe: Recipe) -> GRPO:
@@ -307,7 +315,8 @@ def _drive(recipe: GRPO, directory: RunDir, command: list[str], again: bool = Fa
     with listening() as flag:
         run = Run(recipe, directory, flag)
         try:
-            directory.write_environment(str(run.runtime.device), command)
+            if run.runtime.main:
+                directory.write_environment(str(run.runtime.device), command)
             resumed = again and run.restore()
             if again:
                 word = (
@@ -316,7 +325,8 @@ def _drive(recipe: GRPO, directory: RunDir, command: list[str], again: bool = Fa
                     else "there is no committed checkpoint; starting from step 0"
                 )
                 run.display.say(word)
-                directory.cut_metrics(run.state.step if resumed else -1)
+                if run.runtime.main:
+                    directory.cut_metrics(run.state.step if resumed else -1)
             _phases(run)
         except Interrupted as stop:
             _stopped(run, stop)
