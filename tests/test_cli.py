@@ -311,6 +311,18 @@ def test_sample_draws_the_same_picture_for_the_same_seed_whatever_the_number(
         assert sheet.width > 2 * 32
 
 
+def test_samples_do_not_depend_on_how_they_are_batched(place: Path) -> None:
+    from alignkit.inference.sampling import open_pipeline, sample
+
+    pipe, call = open_pipeline(str(place / "model"), device="cpu"), {"height": 32, "width": 32}
+    whole, single = (
+        sample(pipe, ["a cat", "a dog"], num=2, steps=1, seed=3, call=call, batch=batch) for batch in (4, 1)
+    )
+    assert [(one.prompt, one.seed) for one in single] == [("a cat", 3), ("a cat", 4), ("a dog", 3), ("a dog", 4)]
+    for a, b in zip(whole, single, strict=True):
+        torch.testing.assert_close(a.media, b.media, rtol=0, atol=1e-4)
+
+
 def test_sample_refuses_a_keyword_that_the_pipeline_has_not(
     place: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
