@@ -170,14 +170,15 @@ class Session:
         self.seen.enumerated = True
         if self.learning:
             self.templates.clear()  # of what ran before the loop
+        grid = torch.stack([torch.as_tensor(t) for t in times])
         if self.visits is None or self.loop_length == 0:
-            self.seen.timesteps = torch.stack([torch.as_tensor(t) for t in times])
+            self.seen.timesteps = grid
         if self.stop_at_loop:
             raise Stop
         visits = [Visit(k) for k in range(len(times))] if self.visits is None else self.visits
         for visit in visits:
             self.seen.calls, self.visit, self.stepped = [], visit, False
-            yield visit.index, self._time(torch.stack([torch.as_tensor(t) for t in times]), visit)
+            yield visit.index, self._time(grid, visit)
 
     def progress_bar(self, iterable: Any = None, total: int | None = None, **style: Any) -> Any:
         if iterable is None:

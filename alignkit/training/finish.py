@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from alignkit.errors import PolicyError
-from alignkit.evaluation.diversity import Diversity, within_groups
+from alignkit.evaluation.diversity import Diversity, comparison, within_groups
 from alignkit.evaluation.report import write_report
 from alignkit.policy import LoRA
 from alignkit.policy.lora_files import save_lora
@@ -78,14 +79,9 @@ def diversity(run: Run) -> dict[str, Any]:
     groups = torch.tensor([ids[p.id] for p in found.prompts])
     right = right_samples(run.judges, found)
     return {
-        "all": _plain(within_groups(found.media, groups)),
-        "right": _plain(within_groups(found.media, groups, right)),
+        "all": asdict(within_groups(found.media, groups)),
+        "right": asdict(within_groups(found.media, groups, right)),
     }
-
-
-def _plain(found: Diversity) -> dict[str, Any]:
-    finite = {n: (v if v == v else None) for n, v in {"total": found.total, **found.parts}.items()}
-    return {"values": finite, "groups": found.groups}
 
 
 def right_samples(judges: Weighted, assessment: Assessment) -> torch.Tensor:
@@ -187,9 +183,7 @@ def hand_over(run: Run) -> None:
 def _change(before: dict[str, Any], after: dict[str, Any], which: str) -> dict[str, Any]:
     if not before or not after:
         return {"before": None, "after": None, "parts": {}}
-    old, new = before[which]["values"], after[which]["values"]
-    parts = {n: {"before": old[n], "after": new[n]} for n in old if n != "total"}
-    return {"before": old["total"], "after": new["total"], "parts": parts}
+    return comparison(Diversity(**before[which]), Diversity(**after[which]))
 
 
 def _number(value: float | None) -> str:
