@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from alignkit.errors import RecipeError, RewardError
+from alignkit.rewards.weights import MissingWeights
 from alignkit.types import Prompt
 
 SHAPES: Mapping[str, str] = {"image": "(B, 3, H, W)", "video": "(B, T, 3, H, W)", "latent": "(B, ...)"}
@@ -59,6 +60,67 @@ class AnswersRaw(Protocol):
     """A reward whose unconverted answer tells "not applicable" from "failed", which a (B,) tensor cannot."""
 
     def raw(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> Any: ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A reward that reads its weights lazily and can be told to read them now."""
+
+    def prepare(self) -> None:
+        """Raises what the first call would raise, before a run has spent anything."""
+        ...
+
+
+@runtime_checkable
+class Binds(Protocol):
+    """A reward that is part of the generator it scores, such as a self-reward."""
+
+    def bind(self, policy: Any) -> Reward:
+        """The same reward with what it needs of the policy (`policy.pipe` is the user's pipeline).
+
+        Raises:
+            RecipeError: this pipeline cannot do it; names the component and its class.
+        """
+        ...
+
+
+@runtime_checkable
+class Pairwise(Protocol):
+    """A judge that compares. `combine.WinRate` makes it a reward, asking both orders.
+
+    Attributes:
+        name, kind: as of a reward.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    def compare(self, first: torch.Tensor, second: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """(B,) probability in [0, 1] that `first[i]`, shown first, is better; 0.5 is a tie, NaN no verdict."""
+        ...
+
+
+@runtime_checkable
+class Mapped(Protocol):
+    """A reward that also says where: one number per region of each image."""
+
+    def maps(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """(B, h, w)."""
+        ...
+
+
+@runtime_checkable
+class ScoresGroups(Protocol):
+    """A reward whose scores depend on the other samples of the same prompt, so it must see whole groups.
+
+    Attributes:
+        groupwise: True.
+    """
+
+    groupwise: bool
 
 
 class RewardFailure(RewardError):
@@ -120,7 +182,7 @@ def _answer(reward: Reward, media: torch.Tensor, prompts: list[Prompt]) -> Any:
             return call(media, prompts)
         with torch.no_grad():
             return call(media.detach(), prompts)
-    except (RecipeError, BrokenContract):  # never right, so no failure of these samples
+    except (RecipeError, BrokenContract, MissingWeights):  # never right, so no failure of these samples
         raise
     except Exception as error:  # the user's own code may raise anything; it is named, never swallowed
         shown = ", ".join(f"{p.id} {_short(p)}" for p in prompts[:3]) + (", ..." if len(prompts) > 3 else "")

@@ -13,8 +13,10 @@ from einops import rearrange, reduce
 
 from alignkit.errors import RecipeError
 from alignkit.rewards.base import (
+    Binds,
     ChecksPrompts,
     Evaluation,
+    Prepares,
     Reward,
     RewardFailure,
     as_prompts,
@@ -75,6 +77,18 @@ class Weighted:
             raise RecipeError(f"the weight of reward {reward.name!r} is {weight!r}; expected a finite number")
         self.rewards[reward.name] = reward
         self.weights[reward.name] = float(weight)
+
+    def bind(self, policy: Any) -> None:
+        """Hand the policy to the rewards that are part of the generator; see `Binds`."""
+        for name, reward in self.rewards.items():
+            if isinstance(reward, Binds):
+                self.rewards[name] = reward.bind(policy)
+
+    def prepare(self) -> None:
+        """Read all weights now, so that what is missing is said before anything is spent."""
+        for reward in self.rewards.values():
+            if isinstance(reward, Prepares):
+                reward.prepare()
 
     @property
     def differentiable(self) -> bool:

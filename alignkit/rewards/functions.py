@@ -82,14 +82,14 @@ def _own_name(function: Any) -> str:
 def called_by_keyword(function: Callable[..., Any]) -> bool:
     """Whether a user's function is called in the style users know from TRL.
 
-     1. Its first parameter is `media`: by position, `(media, prompts)`.
-     2. It takes `**kwargs`, has a parameter `images` or `completions`, or more than two parameters without a
-        default: by keyword. `images` and `completions` are the media tensor, which iterates over samples as a list
-        does; other names are columns of the prompts.
-     3. Otherwise: by position.
+    1. Its first parameter is `media`: by position, `(media, prompts)`.
+    2. It takes `**kwargs`, has a parameter `images` or `completions`, or more than two parameters without a
+       default: by keyword. `images` and `completions` are the media tensor, which iterates over samples as a list
+       does; other names are columns of the prompts.
+    3. Otherwise: by position.
 
-     Raises:
-         RecipeError: it would be called by position and does not take two arguments.
+    Raises:
+        RecipeError: it would be called by position and does not take two arguments.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
@@ -16,8 +18,10 @@ from rapidfuzz import process
 
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.rewards.base import Reward
+from alignkit.rewards.card import HasWeights
 from alignkit.rewards.functions import FunctionReward, as_reward
 from alignkit.rewards.table import TABLE
+from alignkit.rewards.weights import locate
 
 _FILE_MODULE = "alignkit_file_"
 
@@ -33,14 +37,17 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
     """The reward that `spec` names.
 
     Args:
-        spec: a name of `TABLE`; `package.module:Name`; `path/file.py:name`, which runs the file; or a
-            callable.
-        options: arguments of the class that is named.
+        spec: a name of `TABLE`; `package.module:Name`; `path/file.py:name`, which runs the file; each also
+            with options, `name(option="value", other=2)`; or a callable.
+        options: arguments of the class that is named; they come after those in `spec`.
 
     Raises:
         RecipeError: nothing is there (names the nearest), or it cannot be made with these options.
     """
-    target = find(spec) if isinstance(spec, str) else spec
+    target: Any = spec
+    if isinstance(spec, str):
+        place, written = split_options(spec)
+        target, options = find(place), {**written, **options}
     if inspect.isclass(target):
         target = _make(spec, target, options)
     elif options:
@@ -49,6 +56,34 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
             "make it a class whose __init__ takes them"
         )
     return as_reward(target)
+
+
+def split_options(spec: str) -> tuple[str, dict[str, Any]]:
+    """`'dino(patches=True)'` as the spec and the options written behind it, which are Python literals.
+
+    Raises:
+        RecipeError: what stands in the parentheses cannot be read.
+    """
+    if not spec.endswith(")"):
+        return spec, {}
+    place, _, written = spec.partition("(")
+    try:
+        call = ast.parse(f"options({written}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError("options are given by name")
+        return place, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (ValueError, SyntaxError) as error:
+        raise RecipeError(
+            f'reward {spec!r}: {error}; write options as Python literals by name, such as {place}(weights="folder")'
+        ) from error
+
+
+def with_options(spec: str, options: Mapping[str, Any]) -> str:
+    """`spec` with these options set, in the text form that `split_options` reads."""
+    place, written = split_options(spec)
+    both = {**written, **options}
+    return f"{place}({', '.join(f'{name}={value!r}' for name, value in both.items())})" if both else place
 
 
 def _make(spec: Any, target: type, options: dict[str, Any]) -> Any:
@@ -131,6 +166,10 @@ def describe(reward: Reward) -> dict[str, Any]:
         "differentiable": reward.differentiable,
         "spec": f"{owner.__module__}:{owner.__qualname__}",
     }
+    if dataclasses.is_dataclass(reward) and not isinstance(reward, FunctionReward):
+        options = {field.name: getattr(reward, field.name) for field in dataclasses.fields(reward) if field.init}
+        plain = str | int | float | bool | tuple | None
+        record["options"] = {n: v for n, v in options.items() if n != "name" and isinstance(v, plain)}
     if owner.__module__.split(".")[0] != "alignkit":
         record.update(_source(owner, record["spec"]))
     if isinstance(reward, DescribesItself):
@@ -150,11 +189,13 @@ def _source(owner: Any, spec: str) -> dict[str, str]:
 
 
 def status() -> dict[str, str]:
-    """For every name of `TABLE`: "ready", or in a sentence why it cannot be loaded here."""
+    """For every name of `TABLE`: "ready", or in a sentence why it cannot be used here. No weights are read."""
     found: dict[str, str] = {}
     for name in TABLE:
         try:
-            load(name)
+            reward = load(name)
+            for files in reward.files() if isinstance(reward, HasWeights) else ():
+                locate(files, download=False)
         except AlignkitError as error:
             found[name] = str(error)
         else:

@@ -17,6 +17,7 @@ from alignkit.errors import CheckpointError, RecipeError
 from alignkit.flow.transition import Noise
 from alignkit.policy.adapters import Full, LoRA
 from alignkit.rewards import load_file
+from alignkit.rewards.loading import split_options, with_options
 from alignkit.training.grpo import GRPO
 from alignkit.training.recipe import Recipe
 
@@ -145,9 +146,11 @@ def save(folder: Path, recipe: Recipe, source: Source | None) -> None:
     if source is not None:
         files[source.file.name] = _copy(source.file, code)
         record["source"] = {"file": source.file.name, "function": source.function}
-    specs = [s for s in (*recipe.rewards, *recipe.judges) if isinstance(s, str) and ".py:" in s]
-    for spec in specs:
-        file = Path(spec.rpartition(":")[0])
+    specs = [s for s in (*recipe.rewards, *recipe.judges) if isinstance(s, str)]
+    for place in (split_options(s)[0] for s in specs):
+        if ".py:" not in place:
+            continue
+        file = Path(place.rpartition(":")[0])
         files[file.name] = _copy(file, code)
     record["files"] = files
     (folder / "recipe.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -182,10 +185,11 @@ def reload(folder: Path) -> tuple[Recipe, Source | None]:
 
 
 def _local(spec: Any, files: Mapping[str, Path]) -> Any:
-    if not (isinstance(spec, str) and ".py:" in spec):
+    place, options = split_options(spec) if isinstance(spec, str) else ("", {})
+    if ".py:" not in place:
         return spec
-    file, _, name = spec.rpartition(":")
-    return f"{files[Path(file).name]}:{name}"
+    file, _, name = place.rpartition(":")
+    return with_options(f"{files[Path(file).name]}:{name}", options)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""Where the weights of a reward are: a folder of the user's, what ships with alignkit, or the hub's cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from alignkit import shipped
+from alignkit.errors import RecipeError, RewardError
+
+SHIPPED = "shipped:"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class MissingWeights(RewardError):
+    """Weights are neither on disk nor reachable. Never masked: no sample could be scored."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of one repository of the hub, or of a local folder in its layout.
+
+    Attributes:
+        source: hub id `owner/name`, a local folder or file, or `shipped:assets/...`.
+        patterns: what is read of it, as globs; `a|b` is satisfied by either.
+    """
+
+    source: str
+    patterns: tuple[str, ...]
+
+    @property
+    def local(self) -> Path | None:
+        """The folder or file on disk that `source` names; None where it is a hub id."""
+        if self.source.startswith(SHIPPED):
+            return shipped.path(*self.source.removeprefix(SHIPPED).split("/"))
+        path = Path(self.source).expanduser()
+        if path.exists():
+            return path
+        if path.is_absolute() or self.source.startswith((".", "~")) or self.source.count("/") != 1:
+            raise MissingWeights(
+                f"weights {self.source!r}: there is no such file or folder, and no hub id looks like it"
+            )
+        return None
+
+
+def locate(files: Files, download: bool = True) -> Path:
+    """The folder that holds the files (or the file itself, where `source` names one).
+
+    Args:
+        download: False looks only on disk.
+
+    Raises:
+        MissingWeights: they are not on disk and cannot be downloaded; names the hub id and the command that
+            fetches it, or the files that a local folder lacks.
+    """
+    found = files.local
+    if found is None:
+        found = _snapshot(files, download)
+    if found.is_dir():
+        lacking = [pattern for pattern in files.patterns if not _matches(found, pattern)]
+        if lacking:
+            raise MissingWeights(f"weights {files.source!r} ({found}) lack {', '.join(lacking)}")
+    return found
+
+
+def _snapshot(files: Files, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = [one for pattern in files.patterns for one in pattern.split("|")]
+    try:
+        return Path(snapshot_download(files.source, allow_patterns=patterns, local_files_only=not download))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0] if download else "not in the hub's cache"
+        raise MissingWeights(
+            f"the weights {files.source} ({', '.join(files.patterns)}) are not on this machine ({reason}). Where the "
+            f"hub can be reached: `alignkit fetch RECIPE` gets all that a recipe needs, `alignkit fetch NAME` what the "
+            f"reward NAME needs, `hf download {files.source}` this one; or give a local folder as `weights`"
+        ) from error
+
+
+def _matches(folder: Path, pattern: str) -> bool:
+    names = [str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file()]
+    return any(fnmatch(name, one) for name in names for one in pattern.split("|"))
+
+
+def present(files: Files) -> bool:
+    """Whether the files are on disk; nothing is downloaded."""
+    try:
+        locate(files, download=False)
+    except MissingWeights:
+        return False
+    return True
+
+
+def on(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module, moved to where the media are if it is not there yet."""
+    if next(module.parameters()).device != device:
+        module.to(device)
+    return module
+
+
+def frozen(module: nn.Module, dtype: str = "float32") -> nn.Module:
+    """The module for scoring: evaluation mode, no gradients of its own, in `dtype`.
+
+    Raises:
+        RecipeError: no such dtype.
+    """
+    if dtype not in DTYPES:
+        raise RecipeError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
+    return module.eval().requires_grad_(False).to(DTYPES[dtype])
