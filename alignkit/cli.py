@@ -120,6 +120,11 @@ def build_parser() -> argparse.ArgumentParser:
     texts.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file, one prompt per image in order")
     score.add_argument("--json", action="store_true", help="print a JSON record")
 
+    fetch = command("fetch", _fetch, "download all that a recipe or a reward needs: model, rewards, tokenizers")
+    fetch.add_argument("what", metavar="RECIPE|REWARD")
+    fetch.add_argument("--list", action="store_true", help="only say what is needed and what is here")
+    fetch.add_argument("--json", action="store_true", help="print a JSON record")
+
     rewards = command("rewards", _rewards, "list the rewards that have a name, and which load here")
     rewards.add_argument("--json", action="store_true", help="print a JSON record")
 
@@ -240,14 +245,14 @@ def _sample(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     from alignkit.data.prompts import load_prompts
     from alignkit.inference.scoring import score_files
+    from alignkit.rewards.loading import split_specs
     from alignkit.types import Prompt
 
     if args.prompts is not None:
         prompts = load_prompts(args.prompts)
     else:
         prompts = [Prompt(args.prompt, id=i) for i in range(len(args.images))]
-    rewards = [name.strip() for name in args.rewards.split(",") if name.strip()]
-    found = score_files(rewards, args.images, prompts)
+    found = score_files(split_specs(args.rewards), args.images, prompts)
     if args.json:
         return _print_json(found)
     names = list(found[0]["scores"])
@@ -263,6 +268,22 @@ def _number(value: float | None) -> str:
 # what there is
 
 
+def _fetch(args: argparse.Namespace) -> int:
+    from alignkit.training import recipe_files
+    from alignkit.training.fetch import fetch, needs_of
+
+    needs = needs_of(args.what, lambda spec: recipe_files.load(recipe_files.find(spec)))
+    if not args.list:
+        needs = list(fetch(needs, lambda line: print(line, file=sys.stderr)))
+    if args.json:
+        return _print_json(
+            [{"for": n.what, "source": n.files.source, "place": n.place and str(n.place)} for n in needs]
+        )
+    rows = [[n.what, n.files.source, " ".join(n.files.patterns), str(n.place or "not here")] for n in needs]
+    _print_table("", ["for", "source", "files", "place"], rows)
+    return 0
+
+
 def _rewards(args: argparse.Namespace) -> int:
     from alignkit.evaluation.doctor import rewards
 
@@ -270,10 +291,18 @@ def _rewards(args: argparse.Namespace) -> int:
     if args.json:
         return _print_json(found)
     rows = [
-        [r["name"], r["kind"] or "-", "yes" if r["differentiable"] else "no", r["status"], r["about"] or "-"]
+        [
+            r["name"],
+            r["family"],
+            r["kind"],
+            "yes" if r["differentiable"] else "no",
+            r["range"],
+            r["status"],
+            r["summary"],
+        ]
         for r in found
     ]
-    _print_table("", ["reward", "scores", "differentiable", "status", "what it is"], rows)
+    _print_table("", ["reward", "family", "scores", "differentiable", "range", "status", "a high score means"], rows)
     return 0
 
 

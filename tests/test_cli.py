@@ -16,7 +16,7 @@ from alignkit.cli import build_parser, main
 from alignkit.policy import LoRA
 from tests.policy.zoo import ZOO
 
-COMMANDS = ["run", "resume", "plan", "sample", "score", "rewards", "report", "doctor", "bench"]
+COMMANDS = ["run", "resume", "plan", "sample", "score", "fetch", "rewards", "report", "doctor", "bench"]
 
 FIELDS = """
 adam_betas advantage advantage_clip attention call checkpoint_seconds clip clip_high diversity_prompts

@@ -137,22 +137,12 @@ def thread_advice(found: dict[str, Any]) -> str | None:
 
 
 def rewards() -> list[dict[str, Any]]:
-    """Every reward with a short name: what it scores, whether it gives gradients, and whether it loads here."""
-    from alignkit.errors import AlignkitError
-    from alignkit.rewards import TABLE, load
+    """Every reward with a short name: its card, and whether it can be used here. No weights are read."""
+    from alignkit.rewards import TABLE, status
+    from alignkit.rewards.catalogue import record_of
 
-    found: list[dict[str, Any]] = []
-    for name, spec in TABLE.items():
-        record: dict[str, Any] = {"name": name, "spec": spec, "kind": None, "differentiable": None, "about": None}
-        try:
-            reward = load(name)
-        except AlignkitError as error:
-            found.append({**record, "status": str(error)})
-            continue
-        about = (type(reward).__doc__ or "").strip().splitlines()
-        known = {"kind": reward.kind, "differentiable": reward.differentiable, "about": about[0] if about else ""}
-        found.append({**record, **known, "status": "ready"})
-    return found
+    found = status()
+    return [{"name": name, "spec": spec, **record_of(name), "status": found[name]} for name, spec in TABLE.items()]
 
 
 def examine() -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Rewards: what they are (`base`), how they are found (`loading`), how they are combined (`combine`)."""
 
 from alignkit.rewards.base import BrokenContract, Evaluation, Reward, RewardFailure, evaluate
+from alignkit.rewards.card import Card
 from alignkit.rewards.combine import PerFrameMean, Weighted, in_micro_batches
 from alignkit.rewards.functions import as_reward
 from alignkit.rewards.loading import describe, load, load_file, status
 from alignkit.rewards.probe import Probe, probe
 from alignkit.rewards.table import TABLE
+from alignkit.rewards.weights import Files, MissingWeights
 
 __all__ = [
     "TABLE",
@@ -16,6 +18,9 @@ __all__ = [
     "Reward",
     "RewardFailure",
     "BrokenContract",
+    "Card",
+    "Files",
+    "MissingWeights",
     "as_reward",
     "evaluate",
     "Evaluation",

@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from alignkit import shipped
 from alignkit.errors import RecipeError, RewardError
+from alignkit.rewards.card import Card
 from alignkit.types import Prompt
 
 _QUOTED = re.compile(r'"[^"]*"|“[^”]*”')
@@ -31,6 +32,13 @@ class SignColor:
     name = "sign_color"
     kind = "image"
     differentiable = False
+    card: ClassVar[Card] = Card(
+        family="statistics",
+        summary="the sign's background has the colour that the prompt names",
+        range="0 or 1",
+        cost="a median and a table lookup",
+        columns=("colour?",),
+    )
 
     def __init__(self, world: str | Path | Mapping[str, Any] | None = None) -> None:
         colours = _colours(world)

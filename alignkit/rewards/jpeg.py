@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 
 from alignkit.errors import RecipeError
+from alignkit.rewards.card import Card
 from alignkit.rewards.pixels import to_uint8
 from alignkit.types import Prompt
 
@@ -35,6 +36,13 @@ class JPEGCompressibility:
     name = "jpeg_compressibility"
     kind = "image"
     differentiable = False
+    card: ClassVar[Card] = Card(
+        family="statistics",
+        summary="the picture's JPEG file is small",
+        range="at most 0, minus kB",
+        cost="one JPEG encoding",
+        source="DDPO, 2305.13301",
+    )
 
     def __init__(self, quality: int = 95) -> None:
         if not 1 <= quality <= 95:
@@ -60,6 +68,13 @@ class JPEGIncompressibility:
     name = "jpeg_incompressibility"
     kind = "image"
     differentiable = False
+    card: ClassVar[Card] = Card(
+        family="statistics",
+        summary="the picture's JPEG file is large",
+        range="at least 0, kB",
+        cost="one JPEG encoding",
+        source="DDPO, 2305.13301",
+    )
 
     def __init__(self, quality: int = 95) -> None:
         self._opposite = JPEGCompressibility(quality)

@@ -18,7 +18,7 @@ from rapidfuzz import process
 
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.rewards.base import Reward
-from alignkit.rewards.card import HasWeights
+from alignkit.rewards.card import HasTiny, HasWeights
 from alignkit.rewards.functions import FunctionReward, as_reward
 from alignkit.rewards.table import TABLE
 from alignkit.rewards.weights import locate
@@ -77,6 +77,22 @@ def split_options(spec: str) -> tuple[str, dict[str, Any]]:
         raise RecipeError(
             f'reward {spec!r}: {error}; write options as Python literals by name, such as {place}(weights="folder")'
         ) from error
+
+
+def split_specs(text: str) -> list[str]:
+    """`'ocr,dino(a=1,b=2)'` as its specs; commas inside parentheses and quotes do not separate."""
+    found, depth, quote, start = [], 0, "", 0
+    for index, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "()":
+            depth += 1 if character == "(" else -1
+        elif character == "," and depth == 0:
+            found.append(text[start:index])
+            start = index + 1
+    return [spec.strip() for spec in (*found, text[start:]) if spec.strip()]
 
 
 def with_options(spec: str, options: Mapping[str, Any]) -> str:
@@ -186,6 +202,42 @@ def _source(owner: Any, spec: str) -> dict[str, str]:
     if owner.__module__.startswith(_FILE_MODULE):
         spec = f"{found}:{owner.__qualname__}"
     return {"spec": spec, "file": str(found), "sha256": digest}
+
+
+def tiny(spec: str | Callable[..., Any], folder: Path) -> str | Callable[..., Any]:
+    """The same reward with tiny random weights in place of those that the hub has; others as they are.
+
+    Options that name a reward of the table, such as the judge of a win rate, are treated alike.
+
+    Args:
+        folder: where weights are written, one folder per reward.
+    """
+    if not isinstance(spec, str):
+        remote = isinstance(spec, HasWeights) and _on_hub(spec)
+        if remote and isinstance(spec, HasTiny) and dataclasses.is_dataclass(spec):
+            return dataclasses.replace(spec, **type(spec).tiny(_fresh(folder, type(spec).__name__)))  # type: ignore[type-var]
+        return spec
+    place, options = split_options(spec)
+    target = find(place)
+    if not (inspect.isclass(target) and dataclasses.is_dataclass(target)):
+        return spec
+    values = {f.name: options.get(f.name, f.default) for f in dataclasses.fields(target)}
+    nested = {n: v for n, v in values.items() if isinstance(v, str) and n != "name" and split_options(v)[0] in TABLE}
+    changed = {name: str(tiny(value, folder)) for name, value in nested.items()}
+    if issubclass(target, HasTiny) and _on_hub(load(spec)):
+        changed |= target.tiny(_fresh(folder, target.__name__))
+    return with_options(spec, changed) if changed else spec
+
+
+def _on_hub(reward: Any) -> bool:
+    return isinstance(reward, HasWeights) and any(files.local is None for files in reward.files())
+
+
+def _fresh(folder: Path, name: str) -> Path:
+    taken = sum(1 for one in folder.glob(f"{name}*")) if folder.is_dir() else 0
+    made = folder / (f"{name}-{taken + 1}" if taken else name)
+    made.mkdir(parents=True)
+    return made
 
 
 def status() -> dict[str, str]:

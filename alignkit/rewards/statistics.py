@@ -6,11 +6,13 @@ All take (B, 3, H, W) or (B, T, 3, H, W), float in [0, 1]; a video's number is t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 
+from alignkit.rewards.card import Card
 from alignkit.rewards.pixels import luminance
 from alignkit.types import Prompt
 
@@ -101,6 +103,12 @@ class Brightness:
     name = "brightness"
     kind = "image"
     differentiable = True
+    card: ClassVar[Card] = Card(
+        family="statistics",
+        summary="the picture is bright: its mean luminance",
+        range="[0, 1]",
+        cost="a mean",
+    )
 
     def __call__(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
         """(B,)."""

@@ -14,8 +14,11 @@ from typing import Any, cast
 
 from torch import nn
 
-from alignkit.errors import RecipeError
+from alignkit.errors import RecipeError, RewardError
 from alignkit.policy.adapters import LoRA, linear_targets
+from alignkit.rewards import load
+from alignkit.rewards.card import HasCard, HasWeights
+from alignkit.rewards.weights import present
 from alignkit.training.blueprint import Blueprint, blueprint, call_of, count, latent_numel
 from alignkit.training.grpo import GRPO, plan_of
 from alignkit.training.recipe import Recipe
@@ -96,7 +99,25 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "size": {n: call.get(n) for n in ("height", "width", "num_frames")} | {"from": size_from},
         "latent_elements_per_sample": numel,
         "memory_bytes": memory(recipe, found, trained, rounds, numel),
+        "rewards": [reward_record(spec, weight) for spec, weight in recipe.rewards.items()]
+        + [reward_record(spec, None) for spec in recipe.judges],
         "measured": None,
+    }
+
+
+def reward_record(spec: Any, weight: float | None) -> dict[str, Any]:
+    """A reward (or, without a weight, a judge) as the plan shows it; no weights are read."""
+    try:
+        reward = load(spec)
+    except RewardError as error:  # a program that is not installed
+        return {"name": str(spec), "weight": weight, "cost": "", "weights": {}, "cannot_load": str(error)}
+    files = reward.files() if isinstance(reward, HasWeights) else ()
+    return {
+        "name": reward.name,
+        "weight": weight,
+        "cost": reward.card.cost if isinstance(reward, HasCard) else "",
+        "weights": {one.source: present(one) for one in files},
+        "cannot_load": None,
     }
 
 
@@ -224,6 +245,11 @@ def lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, size in record["memory_bytes"].items():
         if size != 0:
             yield f"memory: {name.replace('_', ' ')}", _size(size)
+    for reward in record["rewards"]:
+        role = "judge" if reward["weight"] is None else f"reward x {reward['weight']:g}"
+        missing = [source for source, here in reward["weights"].items() if not here]
+        needs = f"not here: {', '.join(missing)} (alignkit fetch)" if missing else ""
+        yield f"{role}: {reward['name']}", "; ".join(filter(None, (reward["cost"], needs, reward["cannot_load"])))
     known = [size for size in record["memory_bytes"].values() if size is not None]
     yield "memory: sum of what is known", _size(sum(known))
     yield from _measured(record)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from alignkit.errors import RecipeError
+from alignkit.rewards.loading import tiny as tiny_reward
 from alignkit.training import shrink
 from alignkit.training.blueprint import DENOISERS, build, class_named, configurations, count, local_folder
 from alignkit.training.grpo import GRPO
@@ -29,6 +30,8 @@ BUILD_FAULTS = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, I
 def tiny(recipe: Recipe, out: Path) -> Recipe:
     """The recipe with two steps, two prompts of two samples, and a tiny random model written to `out/model`.
 
+    Rewards whose weights are on the hub get tiny random ones, written to `out/rewards` and read by their own code.
+
     A random model's pictures have no text and no subject, so rewards that read give every sample the same score and
     no group carries a signal: `brightness` joins the rewards of images, so that there is something to train on.
 
@@ -38,7 +41,10 @@ def tiny(recipe: Recipe, out: Path) -> Recipe:
     if (out / "recipe.json").exists():
         raise RecipeError(f"{out} already holds a run; give --tiny another --out, or none for a temporary folder")
     pipeline = write_model(recipe.model, out / "model")
-    return dataclasses.replace(recipe, model=str(out / "model"), **_few(recipe, pipeline))
+    rewards = {tiny_reward(spec, out / "rewards"): weight for spec, weight in recipe.rewards.items()}
+    judges = tuple(tiny_reward(judge, out / "rewards") for judge in recipe.judges)
+    recipe = dataclasses.replace(recipe, model=str(out / "model"), rewards=rewards, judges=judges)
+    return dataclasses.replace(recipe, **_few(recipe, pipeline))
 
 
 def _few(recipe: Recipe, pipeline: str) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""The table of rewards for readers, generated from the cards of the classes: `python -m alignkit.rewards.catalogue`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from alignkit.rewards.card import FAMILIES
+from alignkit.rewards.loading import find
+from alignkit.rewards.table import TABLE
+
+HEADER = ("reward", "scores", "range", "gradient", "default weights", "their licence", "cost", "a high score means")
+
+
+def record_of(name: str) -> dict[str, Any]:
+    """What the class behind a name says of itself; nothing is constructed and nothing is read from disk."""
+    cls = find(name)
+    weights = {field.name: field.default for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    return {
+        **dataclasses.asdict(cls.card),
+        "columns": list(cls.card.columns),
+        "kind": cls.kind,
+        "differentiable": inspect.getattr_static(cls, "differentiable", None) is True,
+        "weights": weights.get("weights"),
+    }
+
+
+def rows() -> Iterator[tuple[str, ...]]:
+    """One row per reward, families in the order of `FAMILIES`."""
+    records = {name: record_of(name) for name in TABLE}
+    for family in FAMILIES:
+        for name, record in records.items():
+            if record["family"] != family:
+                continue
+            columns = f" Columns: {', '.join(record['columns'])}." if record["columns"] else ""
+            yield (
+                f"`{name}`",
+                record["kind"],
+                record["range"],
+                "yes" if record["differentiable"] else "",
+                f"`{record['weights']}`" if record["weights"] else "",
+                record["licence"],
+                record["cost"],
+                f"{record['summary']}.{columns}",
+            )
+
+
+def markdown() -> str:
+    """The table as the README shows it."""
+    lines = [HEADER, tuple("---" for _ in HEADER), *rows()]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(f"{markdown()}\n")
