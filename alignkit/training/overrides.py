@@ -10,9 +10,9 @@ import tyro
 from rapidfuzz import process
 
 from alignkit.errors import RecipeError
-from alignkit.training.recipe import Recipe
 
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R")
+"""A recipe: any frozen dataclass of the trainers."""
 
 ELSEWHERE = {
     "learning_rate": "lr",

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-SHOWN = ("reward/total", "policy/kl", "groups/zero_std_fraction")
+SHOWN = ("reward/total", "policy/kl", "groups/zero_std_fraction", "train/loss", "train/accuracy")
 
 
 class Display:

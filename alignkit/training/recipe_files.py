@@ -20,8 +20,10 @@ from alignkit.rewards import load_file
 from alignkit.rewards.loading import split_options, with_options
 from alignkit.training.grpo import GRPO
 from alignkit.training.recipe import Recipe
+from alignkit.training.reward_model import RewardModel
 
-TRAINERS: dict[str, type[Recipe]] = {"GRPO": GRPO}
+AnyRecipe = Recipe | RewardModel
+TRAINERS: dict[str, type[AnyRecipe]] = {"GRPO": GRPO, "RewardModel": RewardModel}
 NESTED: dict[str, type] = {"LoRA": LoRA, "Full": Full, "Noise": Noise}
 
 
@@ -61,7 +63,7 @@ def find(spec: str) -> Source:
     return Source(known[place], function or "recipe")
 
 
-def load(source: Source) -> Recipe:
+def load(source: Source) -> AnyRecipe:
     """Run the recipe's function.
 
     Raises:
@@ -72,7 +74,7 @@ def load(source: Source) -> Recipe:
     if source.function not in functions:
         raise RecipeError(f"{source.file.name} has no function {source.function!r}; it has {', '.join(functions)}")
     made = vars(module)[source.function]()
-    if not isinstance(made, Recipe):
+    if not isinstance(made, AnyRecipe):
         raise RecipeError(
             f"{source.file.name}:{source.function} returned {type(made).__name__}; expected one of "
             f"{', '.join(TRAINERS)}"
@@ -120,6 +122,8 @@ def decode(record: Any, base: Any) -> Any:
     if isinstance(record, dict) and set(record) == {"pairs"}:
         keys = list(base) if isinstance(base, Mapping) else []
         return {_callable(k, keys): decode(v, None) for k, v in record["pairs"]}
+    if isinstance(record, dict) and set(record) == {"callable"}:
+        return _callable(record, [base])
     if isinstance(record, dict):
         return {k: decode(v, base.get(k) if isinstance(base, Mapping) else None) for k, v in record.items()}
     if isinstance(record, list):
@@ -132,13 +136,13 @@ def _callable(record: Any, candidates: list[Any]) -> Any:
     if not (isinstance(record, dict) and set(record) == {"callable"}):
         return decode(record, None)
     for candidate in candidates:
-        if encode(candidate) == record:
+        if callable(candidate) and encode(candidate) == record:
             return candidate
     raise RecipeError(f"recipe.json names the function {record['callable']!r}, which its recipe file does not give")
 
 
-def save(folder: Path, recipe: Recipe, source: Source | None) -> None:
-    """Write `recipe.json` and copies of the recipe and reward files into a run directory."""
+def save(folder: Path, recipe: AnyRecipe, source: Source | None) -> None:
+    """Write `recipe.json` and copies of the recipe and of the files that it names into a run directory."""
     code = folder / "code"
     code.mkdir(exist_ok=True)
     files: dict[str, str] = {}
@@ -146,14 +150,20 @@ def save(folder: Path, recipe: Recipe, source: Source | None) -> None:
     if source is not None:
         files[source.file.name] = _copy(source.file, code)
         record["source"] = {"file": source.file.name, "function": source.function}
-    specs = [s for s in (*recipe.rewards, *recipe.judges) if isinstance(s, str)]
-    for place in (split_options(s)[0] for s in specs):
+    for place in (split_options(s)[0] for s in _specs(recipe)):
         if ".py:" not in place:
             continue
-        file = Path(place.rpartition(":")[0])
+        file = Path(resolved(place.rpartition(":")[0]))
         files[file.name] = _copy(file, code)
     record["files"] = files
     (folder / "recipe.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _specs(recipe: AnyRecipe) -> tuple[str, ...]:
+    """Whatever in a recipe may name a file."""
+    if isinstance(recipe, RewardModel):
+        return recipe.specs
+    return tuple(s for s in (*recipe.rewards, *recipe.judges) if isinstance(s, str))
 
 
 def _copy(file: Path, folder: Path) -> str:
@@ -163,7 +173,7 @@ def _copy(file: Path, folder: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def reload(folder: Path) -> tuple[Recipe, Source | None]:
+def reload(folder: Path) -> tuple[AnyRecipe, Source | None]:
     """The recipe of a run directory, with the copied files in place of the originals.
 
     Raises:
@@ -180,6 +190,9 @@ def reload(folder: Path) -> tuple[Recipe, Source | None]:
     source = Source(folder / "code" / entry["file"], entry["function"]) if entry else None
     recipe = decode(record["recipe"], load(source) if source else None)
     local = {name: folder / "code" / name for name in record["files"]}
+    if isinstance(recipe, RewardModel):
+        model, data, loss = (_local(spec, local) for spec in (recipe.model, recipe.data, recipe.loss))
+        return dataclasses.replace(recipe, model=model, data=data, loss=loss), source
     rewards = {_local(spec, local): weight for spec, weight in recipe.rewards.items()}
     return dataclasses.replace(recipe, rewards=rewards, judges=tuple(_local(s, local) for s in recipe.judges)), source
 

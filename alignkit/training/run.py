@@ -1,47 +1,35 @@
-"""The one loop: assess the base, train in rounds with commits, assess again, write what a user takes away."""
+"""A run of policy-gradient training: what it loads, and one round of it; `loop.py` does what is around the rounds."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alignkit.data.sampler import GroupSampler
-from alignkit.errors import CheckpointError, RecipeError
+from alignkit.errors import RecipeError
 from alignkit.objectives.advantages import group_statistics
 from alignkit.policy.adapters import denoisers
 from alignkit.policy.memory import checkpointing
 from alignkit.rewards import Weighted
-from alignkit.training import checkpoint, finish, grpo
+from alignkit.training import checkpoint, finish, grpo, loop
 from alignkit.training.assess import Assessment, assess
 from alignkit.training.experience import Experience, collect, conditions, join_scores
 from alignkit.training.grpo import GRPO
+from alignkit.training.loop import Session, State
 from alignkit.training.progress import Display
-from alignkit.training.recipe import Recipe
-from alignkit.training.recipe_files import Source, reload, save
+from alignkit.training.recipe_files import TRAINERS, AnyRecipe, Source, reload, save
+from alignkit.training.reward_model import RewardModel, RewardTraining
 from alignkit.training.run_dir import RunDir
 from alignkit.training.runtime import Runtime
-from alignkit.training.seeds import global_state, restore_global_state
 from alignkit.training.setup import available, policy_of, prompts_of
-from alignkit.training.signals import Interrupted, StopFlag, listening
+from alignkit.training.signals import Interrupted, StopFlag
 from alignkit.training.update import accumulate, averages, minibatches
 from alignkit.types import Prompt
-
-
-@dataclass
-class State:
-    """What changes while a run goes on, beside the weights."""
-
-    step: int = 0
-    trained_seconds: float = 0.0
-    baseline: dict[str, Any] = field(default_factory=dict)
-    finished_training: bool = False
 
 
 class Run:
@@ -69,8 +57,6 @@ class Run:
             self.parameters, lr=recipe.lr, betas=recipe.adam_betas, weight_decay=recipe.weight_decay
         )
         self.state = State()
-        self.committed = -1
-        self.commit_time = time.monotonic()
 
     # assessments
 
@@ -93,36 +79,15 @@ class Run:
 
     # rounds
 
-    def train(self) -> None:
-        """Rounds until the recipe's number or its time limit."""
-        limit = self.recipe.time_limit
-        self.display.start(self.state.step)
-        try:
-            while self.state.step < self.recipe.steps and not (limit and self.state.trained_seconds >= limit):
-                began = time.monotonic()
-                metrics = self.round(self.state.step)
-                self.state.step += 1
-                seconds = time.monotonic() - began
-                self.state.trained_seconds += seconds
-                if self._curve_is_due():
-                    metrics |= self.curve()
-                if self.runtime.main:
-                    metrics["time/step_seconds"] = seconds
-                    self.directory.log(self.state.step, metrics)
-                    self.runtime.log(self.state.step, metrics)
-                    self.display.step(self.state.step, metrics)
-                self.runtime.wait()
-                if time.monotonic() - self.commit_time >= self.recipe.checkpoint_seconds:
-                    self.commit()
-                self.flag.poll()
-        finally:
-            self.display.stop()
-        self.state.finished_training = True
-        self.commit()
+    def before(self) -> dict[str, Any]:
+        """The base on the held-out prompts."""
+        self.display.say(f"assessing the base on {len(self.held_out)} held-out prompts")
+        return finish.baseline(self)
 
-    def _curve_is_due(self) -> bool:
-        every = self.recipe.eval_every
-        return every > 0 and self.state.step % every == 0 and self.runtime.main
+    def finish(self) -> None:
+        """The aligned model on the same prompts; what the user takes away."""
+        self.display.say("assessing the aligned model")
+        finish.write(self)
 
     def curve(self) -> dict[str, float]:
         """A small held-out assessment for the report's curves."""
@@ -216,51 +181,18 @@ class Run:
 
     # commits
 
-    def commit(self) -> None:
-        """Write the state of this moment, on the main process."""
-        self.commit_time = time.monotonic()
-        if not self.runtime.main or (self.committed == self.state.step and not self.state.finished_training):
-            return
-        tensors = {f"weights/{k}": v for k, v in self.policy.weights.state().items()}
-        for index, slots in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value) for name, value in slots.items()}
-        rng, rest = global_state()
-        values = {
-            "step": self.state.step,
-            "trained_seconds": self.state.trained_seconds,
-            "baseline": self.state.baseline,
-            "finished_training": self.state.finished_training,
-            "sampler": self.sampler.state_dict(),
-            "rng": rest,
-            "scaler": self.runtime.scaler.state_dict() if self.runtime.scaler else None,
-        }
-        keep = self.recipe.keep_checkpoints
-        checkpoint.commit(self.directory.checkpoints, self.state.step, {**tensors, "rng/torch": rng}, values, keep)
-        self.committed = self.state.step
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The policy's trained weights and their companions."""
+        return {f"weights/{k}": v for k, v in self.policy.weights.state().items()}
 
-    def restore(self) -> bool:
-        """Continue from the newest commit; False where there is none."""
-        found = checkpoint.newest(self.directory.checkpoints, self.display.say)
-        if found is None:
-            return False
-        tensors, values = dict(found.tensors), found.values
-        restore_global_state(tensors.pop("rng/torch"), values["rng"])
-        weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
-        self.policy.weights.load(weights)
-        slots: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, index, name = key.split("/")
-                slots.setdefault(int(index), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        if self.runtime.scaler and values["scaler"]:
-            self.runtime.scaler.load_state_dict(values["scaler"])
+    def values(self) -> dict[str, Any]:
+        """Which prompts come next."""
+        return {"sampler": self.sampler.state_dict()}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Continue from what a checkpoint held."""
+        self.policy.weights.load({k.removeprefix("weights/"): v for k, v in tensors.items()})
         self.sampler.load_state_dict(values["sampler"])
-        names = ("step", "trained_seconds", "baseline", "finished_training")
-        self.state = State(**{n: values[n] for n in names})
-        self.committed = self.state.step
-        return True
 
 
 def _never() -> None:
@@ -275,7 +207,7 @@ def _numbered(groups: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([g + o for g, o in zip(groups, offsets, strict=False)])
 
 
-def start(recipe: Recipe, folder: Path, source: Source | None = None, command: list[str] | None = None) -> Path:
+def start(recipe: AnyRecipe, folder: Path, source: Source | None = None, command: list[str] | None = None) -> Path:
     """Run a recipe in a new run directory; returns the folder.
 
     Raises:
@@ -283,80 +215,27 @@ def start(recipe: Recipe, folder: Path, source: Source | None = None, command: l
         CheckpointError: the folder already holds a run.
         SystemExit: the run was asked to stop (128 + signal); it can be resumed.
     """
-    recipe = _supported(recipe)
+    session = session_of(recipe)
     recipe.validate()
-    if not _first_process():
-        return _drive(recipe, RunDir(folder), command or sys.argv)
+    if not loop.first_process():
+        return loop.drive(session, RunDir(folder), command)
     directory = RunDir.create(folder)
     with checkpoint.lock(folder):
         save(folder, recipe, source)
-        return _drive(recipe, directory, command or sys.argv)
+        return loop.drive(session, directory, command)
 
 
 def resume(folder: Path, command: list[str] | None = None) -> Path:
     """Continue a run from its newest commit, bit for bit; from step 0, with a sentence, if it has none."""
     recipe, _ = reload(folder)
-    with checkpoint.lock(folder) if _first_process() else nullcontext():
-        return _drive(_supported(recipe), RunDir(folder), command or sys.argv, again=True)
+    with checkpoint.lock(folder) if loop.first_process() else nullcontext():
+        return loop.drive(session_of(recipe), RunDir(folder), command, again=True)
 
 
-def _first_process() -> bool:
-    """Whether this process owns the run directory; launchers say which one it is before anything is loaded."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _supported(recipe: Recipe) -> GRPO:
-    if not isinstance(recipe, GRPO):
-        raise RecipeError(f"there is no trainer for {type(recipe).__name__}; use GRPO")
-    return recipe
-
-
-def _drive(recipe: GRPO, directory: RunDir, command: list[str], again: bool = False) -> Path:
-    with listening() as flag:
-        run = Run(recipe, directory, flag)
-        try:
-            if run.runtime.main:
-                directory.write_environment(str(run.runtime.device), command)
-            resumed = again and run.restore()
-            if again:
-                word = (
-                    f"resuming at step {run.state.step}"
-                    if resumed
-                    else "there is no committed checkpoint; starting from step 0"
-                )
-                run.display.say(word)
-                if run.runtime.main:
-                    directory.cut_metrics(run.state.step if resumed else -1)
-            _phases(run)
-        except Interrupted as stop:
-            _stopped(run, stop)
-        finally:
-            run.open.close()
-    return directory.folder
-
-
-def _phases(run: Run) -> None:
-    if run.runtime.main and not run.state.baseline:
-        run.display.say(f"assessing the base on {len(run.held_out)} held-out prompts")
-        run.state.baseline = finish.baseline(run)
-    run.runtime.wait()
-    if run.committed < 0:
-        run.commit()
-    if not run.state.finished_training:
-        run.train()
-    if run.runtime.main:
-        run.display.say("assessing the aligned model")
-        finish.write(run)
-    run.runtime.wait()
-
-
-def _stopped(run: Run, stop: Interrupted) -> None:
-    """Save what is whole, say how to go on, leave with 128 + signal."""
-    try:
-        if run.state.baseline:
-            run.commit()
-    except CheckpointError as error:
-        run.display.say(str(error))
-    where = f"step {run.committed} is saved" if run.committed >= 0 else "nothing is saved yet"
-    run.display.say(f"stopped by {stop}; {where}. Go on with: alignkit resume {run.directory.folder}")
-    raise SystemExit(stop.exit_code)
+def session_of(recipe: AnyRecipe) -> Callable[[RunDir, StopFlag], Session]:
+    """What trains this kind of recipe. Raises RecipeError where nothing does."""
+    if isinstance(recipe, GRPO):
+        return partial(Run, recipe)
+    if isinstance(recipe, RewardModel):
+        return partial(RewardTraining, recipe)
+    raise RecipeError(f"there is no trainer for {type(recipe).__name__}; use {' or '.join(TRAINERS)}")

@@ -1,0 +1,139 @@
+"""What a reward model learns from: batches of pairs, of several pictures per prompt, of labels, of views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.types import Prompt
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """A batch with tensors that belong on the run's device."""
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+@runtime_checkable
+class Noisable(Protocol):
+    """A batch that can be taken to a noise level; the scorer is then handed `sigma`."""
+
+    def noised(self, low: float, high: float, rng: torch.Generator) -> Any: ...
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Two pictures (or latents) for each prompt, one preferred.
+
+    Attributes:
+        winners, losers: (B, ...).
+        prompts: B prompts.
+        ties: (B,) bool, True where neither is preferred; None: no ties.
+        sigma: (B,) noise level of both sides; None: clean.
+    """
+
+    winners: Tensor
+    losers: Tensor
+    prompts: Sequence[Prompt]
+    ties: Tensor | None = None
+    sigma: Tensor | None = None
+
+    def to(self, device: torch.device) -> PairBatch:
+        ties = None if self.ties is None else self.ties.to(device)
+        return replace(self, winners=self.winners.to(device), losers=self.losers.to(device), ties=ties)
+
+    def noised(self, low: float, high: float, rng: torch.Generator) -> PairBatch:
+        """Both sides of a pair get the same noise and the same level, so that only the pictures differ."""
+        sigma = levels(len(self.winners), low, high, rng)
+        eps = torch.randn(self.winners.shape, generator=rng)
+        winners, losers = (at_level(x, eps, sigma) for x in (self.winners, self.losers))
+        return replace(self, winners=winners, losers=losers, sigma=sigma.to(winners.device))
+
+
+@dataclass(frozen=True)
+class ChoiceBatch:
+    """G pictures for each prompt with the probability that each is the preferred one.
+
+    Attributes:
+        media: (B, G, ...).
+        prompts: B prompts.
+        targets: (B, G), rows sum to 1; a tie of two is (0.5, 0.5).
+        sigma: (B,) noise level of all G; None: clean.
+    """
+
+    media: Tensor
+    prompts: Sequence[Prompt]
+    targets: Tensor
+    sigma: Tensor | None = None
+
+    def to(self, device: torch.device) -> ChoiceBatch:
+        return replace(self, media=self.media.to(device), targets=self.targets.to(device))
+
+    def noised(self, low: float, high: float, rng: torch.Generator) -> ChoiceBatch:
+        """All pictures of a prompt get the same noise and the same level."""
+        sigma = levels(len(self.media), low, high, rng)
+        eps = torch.randn(self.media[:, :1].shape, generator=rng)
+        return replace(self, media=at_level(self.media, eps, sigma), sigma=sigma.to(self.media.device))
+
+
+@dataclass(frozen=True)
+class LabelBatch:
+    """Pictures with labels.
+
+    Attributes:
+        media: (B, ...).
+        prompts: B prompts.
+        labels: (B,) or (B, D), in [0, 1] for yes-no questions.
+        sigma: (B,) noise level; None: clean.
+    """
+
+    media: Tensor
+    prompts: Sequence[Prompt]
+    labels: Tensor
+    sigma: Tensor | None = None
+
+    def to(self, device: torch.device) -> LabelBatch:
+        return replace(self, media=self.media.to(device), labels=self.labels.to(device))
+
+    def noised(self, low: float, high: float, rng: torch.Generator) -> LabelBatch:
+        """Each picture at its own level."""
+        sigma = levels(len(self.media), low, high, rng)
+        eps = torch.randn(self.media.shape, generator=rng)
+        return replace(self, media=at_level(self.media, eps, sigma), sigma=sigma.to(self.media.device))
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """Several augmented views of each picture, without labels.
+
+    Attributes:
+        views: each (B, 3, h, w); sizes may differ between views.
+        teacher_views: how many of the first views the teacher sees too (DINO: the large crops).
+    """
+
+    views: tuple[Tensor, ...]
+    teacher_views: int = 2
+
+    def to(self, device: torch.device) -> ViewBatch:
+        return replace(self, views=tuple(view.to(device) for view in self.views))
+
+
+def levels(count: int, low: float, high: float, rng: torch.Generator) -> Tensor:
+    """(count,) noise levels, uniform in [low, high)."""
+    return low + (high - low) * torch.rand(count, generator=rng)
+
+
+def at_level(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """`(1 - sigma) x0 + sigma eps`, on x0's device; sigma (B,), eps broadcasts to x0 (B, ...)."""
+    scale = sigma.to(x0.device).reshape(-1, *(1,) * (x0.ndim - 1))
+    return (1 - scale) * x0 + scale * eps.to(x0.device)
+
+
+def score(model: nn.Module, media: Tensor, prompts: Sequence[Prompt], sigma: Tensor | None) -> Tensor:
+    """(B,) or (B, D) scores; a scorer of noisy examples takes their level as a third argument."""
+    return model(media, prompts) if sigma is None else model(media, prompts, sigma)

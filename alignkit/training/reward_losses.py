@@ -1,0 +1,141 @@
+"""The losses that a reward-model recipe names: from a scorer and a batch to a scalar and what to watch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from alignkit.errors import RecipeError
+from alignkit.objectives import preference
+from alignkit.training.examples import ChoiceBatch, LabelBatch, PairBatch, ViewBatch, score
+
+Logs = dict[str, float]
+Loss = Callable[[Any, Any, torch.Generator], tuple[Tensor, Logs]]
+"""`(model, batch, rng) -> (scalar loss, {name: number})`; everything random comes from `rng`."""
+
+
+@runtime_checkable
+class Distils(Protocol):
+    """A student that carries its teacher, for "self_distillation".
+
+    Attributes:
+        centre: (K,) buffer, running mean of the teacher's logits.
+        student_temperature, teacher_temperature: see `objectives.preference.self_distillation`.
+        centre_momentum: share of the old centre that stays.
+    """
+
+    centre: Tensor
+    student_temperature: float
+    teacher_temperature: float
+    centre_momentum: float
+
+    def student(self, view: Tensor) -> Tensor:
+        """(B, K) logits of (B, 3, h, w), with gradients."""
+        ...
+
+    def teacher(self, view: Tensor) -> Tensor:
+        """(B, K) logits of (B, 3, h, w) by the moving average of the student, which `after_step` moves."""
+        ...
+
+
+def bradley_terry(model: nn.Module, batch: PairBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
+    """-log sigmoid of the winner's lead. Ties are refused: half a win is "softmax_preference"."""
+    _require(batch, PairBatch, "bradley_terry")
+    if batch.ties is not None and bool(batch.ties.any()):
+        raise RecipeError('loss="bradley_terry" got ties; give loss="softmax_preference", where a tie is half and half')
+    ahead = _scores_of_pairs(model, batch)
+    loss = preference.bradley_terry(ahead[0], ahead[1]).mean()
+    return loss, {"accuracy": _share(ahead[0] > ahead[1]), "margin": float((ahead[0] - ahead[1]).detach().mean())}
+
+
+def softmax_preference(model: nn.Module, batch: PairBatch | ChoiceBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
+    """Cross-entropy over the images of one prompt; scores are logits, so the scorer applies its own scale."""
+    _require(batch, (PairBatch, ChoiceBatch), "softmax_preference")
+    if isinstance(batch, PairBatch):
+        logits = rearrange(list(_scores_of_pairs(model, batch)), "side b -> b side")
+        targets = torch.zeros_like(logits)
+        targets[:, 0] = 1.0
+        if batch.ties is not None:
+            targets[batch.ties] = 0.5
+    else:
+        prompts = [prompt for prompt in batch.prompts for _ in range(batch.media.shape[1])]
+        sigma = None if batch.sigma is None else repeat(batch.sigma, "b -> (b g)", g=batch.media.shape[1])
+        flat = score(model, rearrange(batch.media, "b g ... -> (b g) ..."), prompts, sigma)
+        logits, targets = rearrange(flat, "(b g) -> b g", b=len(batch.prompts)), batch.targets
+    decided = targets.max(dim=1).values > targets.mean(dim=1)  # a tie of all has no right answer
+    right = logits.argmax(dim=1)[decided] == targets.argmax(dim=1)[decided]
+    return preference.softmax_preference(logits, targets).mean(), {"accuracy": _share(right)}
+
+
+def yes_no(model: nn.Module, batch: LabelBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
+    """Binary cross-entropy of the scores as logits."""
+    _require(batch, LabelBatch, "yes_no")
+    logits = score(model, batch.media, batch.prompts, batch.sigma)
+    loss = preference.yes_no(logits, batch.labels).mean()
+    return loss, {"accuracy": _share((logits > 0) == (batch.labels > 0.5))}
+
+
+def self_distillation(model: Any, batch: ViewBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
+    """DINO on the views of a batch; moves the model's centre."""
+    _require(batch, ViewBatch, "self_distillation")
+    if not isinstance(model, Distils):
+        raise RecipeError(
+            f'loss="self_distillation" needs a model with student(view), teacher(view), centre and temperatures; '
+            f"{type(model).__name__} has not all of them"
+        )
+    with torch.no_grad():
+        taught = torch.stack([model.teacher(view) for view in batch.views[: batch.teacher_views]])
+    learnt = torch.stack([model.student(view) for view in batch.views])
+    loss = preference.self_distillation(
+        learnt, taught, model.centre, model.student_temperature, model.teacher_temperature
+    )
+    seen = ((taught - model.centre) / model.teacher_temperature).softmax(dim=-1)
+    spread = seen.mean(dim=(0, 1))
+    model.centre.copy_(preference.moved_centre(model.centre, taught, model.centre_momentum))
+    # Collapse shows in one of two ways: one class for everything, or the same even spread for every picture.
+    return loss, {"class_entropy": _entropy(spread), "picture_entropy": float(_entropies(seen).mean())}
+
+
+LOSSES: Mapping[str, Loss] = {
+    "bradley_terry": bradley_terry,
+    "softmax_preference": softmax_preference,
+    "yes_no": yes_no,
+    "self_distillation": self_distillation,
+}
+
+
+def pair_accuracy(model: nn.Module, pairs: PairBatch) -> float:
+    """Share of pairs whose winner scores strictly higher; a model that scores all alike gets 0. Ties are left out."""
+    winners, losers = _scores_of_pairs(model, pairs)
+    right = winners > losers
+    return _share(right if pairs.ties is None else right[~pairs.ties])
+
+
+def _scores_of_pairs(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """Both sides in one call, so that both see the same batch composition."""
+    both = torch.cat([batch.winners, batch.losers])
+    sigma = None if batch.sigma is None else torch.cat([batch.sigma, batch.sigma])
+    winners, losers = score(model, both, [*batch.prompts, *batch.prompts], sigma).chunk(2)
+    return winners, losers
+
+
+def _require(batch: Any, kinds: type | tuple[type, ...], loss: str) -> None:
+    if not isinstance(batch, kinds):
+        names = kinds.__name__ if isinstance(kinds, type) else " or ".join(k.__name__ for k in kinds)
+        raise RecipeError(f"loss={loss!r} learns from {names}, and the data gave {type(batch).__name__}")
+
+
+def _share(right: Tensor) -> float:
+    return float(right.float().mean())
+
+
+def _entropies(probabilities: Tensor) -> Tensor:
+    return -torch.xlogy(probabilities, probabilities).sum(dim=-1)
+
+
+def _entropy(probabilities: Tensor) -> float:
+    return float(_entropies(probabilities))
