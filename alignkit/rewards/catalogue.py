@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from alignkit.rewards.card import FAMILIES
+from alignkit.rewards.card import FAMILIES, Card
 from alignkit.rewards.loading import find
 from alignkit.rewards.table import TABLE
 
@@ -17,14 +17,18 @@ HEADER = ("reward", "scores", "range", "gradient", "default weights", "their lic
 def record_of(name: str) -> dict[str, Any]:
     """What the class behind a name says of itself; nothing is constructed and nothing is read from disk."""
     cls = find(name)
-    weights = {field.name: field.default for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    card: Card = cls.card
     return {
-        **dataclasses.asdict(cls.card),
-        "columns": list(cls.card.columns),
+        **dataclasses.asdict(card),
+        "columns": list(card.columns),
         "kind": cls.kind,
         "differentiable": inspect.getattr_static(cls, "differentiable", None) is True,
-        "weights": weights.get("weights"),
+        "weights": _defaults(cls).get("weights"),
     }
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
 
 
 def rows() -> Iterator[tuple[str, ...]]:

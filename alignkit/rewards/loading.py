@@ -204,7 +204,7 @@ def _source(owner: Any, spec: str) -> dict[str, str]:
     return {"spec": spec, "file": str(found), "sha256": digest}
 
 
-def tiny(spec: str | Callable[..., Any], folder: Path) -> str | Callable[..., Any]:
+def tiny(spec: Any, folder: Path) -> Any:
     """The same reward with tiny random weights in place of those that the hub has; others as they are.
 
     Options that name a reward of the table, such as the judge of a win rate, are treated alike.
@@ -215,7 +215,7 @@ def tiny(spec: str | Callable[..., Any], folder: Path) -> str | Callable[..., An
     if not isinstance(spec, str):
         remote = isinstance(spec, HasWeights) and _on_hub(spec)
         if remote and isinstance(spec, HasTiny) and dataclasses.is_dataclass(spec):
-            return dataclasses.replace(spec, **type(spec).tiny(_fresh(folder, type(spec).__name__)))  # type: ignore[type-var]
+            return dataclasses.replace(spec, **type(spec).tiny(_fresh(folder, type(spec).__name__)))
         return spec
     place, options = split_options(spec)
     target = find(place)
