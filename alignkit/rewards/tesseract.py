@@ -9,16 +9,19 @@ import string
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from alignkit.errors import RecipeError, RewardError
+from alignkit.rewards.card import Card
 from alignkit.rewards.pixels import to_uint8
-from alignkit.rewards.text import similarity, targets
+from alignkit.rewards.text import Match, targets
 from alignkit.types import Prompt
 
 
@@ -27,10 +30,11 @@ def available() -> bool:
     return shutil.which("tesseract") is not None
 
 
+@dataclass(frozen=True, eq=False)
 class Tesseract:
     """1 - normalised edit distance between what Tesseract reads and what the prompt asks for.
 
-    Args:
+    Attributes:
         whitelist: the characters it may read; None for all, which reads capitals as well as a whitelist of
             them does. A target with other characters is refused rather than scored low.
         page_mode: Tesseract's `--psm`: 7 one line, 8 one word, 6 a block, 11 text anywhere. On 72 clean signs of
@@ -38,39 +42,71 @@ class Tesseract:
         scale: how much images are enlarged; it wants letters of about 30 pixels.
         threads: OpenMP threads of the program.
         timeout: seconds for one batch.
+        language: Tesseract's tags, "eng", "deu", several as "eng+deu"; each is a package of its own
+            (`tesseract-ocr-deu`).
+        formula, extra_text, ordered: as of `alignkit.rewards.ocr.OCR`.
 
     Raises:
-        RewardError: the program is not installed.
+        RewardError: the program is not installed, or has not this language.
     """
 
-    name = "tesseract"
+    whitelist: str | None = None
+    page_mode: int = 7
+    scale: int = 4
+    threads: int = 1
+    timeout: float = 120.0
+    language: str = "eng"
+    formula: str = "edit"
+    extra_text: float = 1.0
+    ordered: bool = True
+    name: str = "tesseract"
+
     kind = "image"
     differentiable = False
+    card: ClassVar[Card] = Card(
+        family="text",
+        summary="as ocr, read by another engine: a judge that training need not see",
+        range="[0, 1]",
+        licence="Apache-2.0",
+        cost="a program on the CPU, about 30 ms a sign",
+        columns=("target?",),
+        source="Flow-GRPO, 2505.05470, with extra text charged",
+    )
 
-    def __init__(
-        self,
-        whitelist: str | None = None,
-        page_mode: int = 7,
-        scale: int = 4,
-        threads: int = 1,
-        timeout: float = 120.0,
-    ) -> None:
-        if not 0 <= page_mode <= 13 or scale < 1 or threads < 1:
+    def __post_init__(self) -> None:
+        if not 0 <= self.page_mode <= 13 or self.scale < 1 or self.threads < 1:
             raise RecipeError(
-                f"page_mode={page_mode}, scale={scale}, threads={threads}; expected page_mode in 0..13, the others >= 1"
+                f"page_mode={self.page_mode}, scale={self.scale}, threads={self.threads}; expected page_mode in 0..13, "
+                "the others >= 1"
             )
+        _ = self._program, self.match
+        if self.language != "eng":  # which every package of the program brings
+            lacking = sorted(set(self.language.split("+")) - self._languages())
+            if lacking:
+                raise RewardError(
+                    f"language={self.language!r}: tesseract has not {', '.join(lacking)}, only "
+                    f"{', '.join(sorted(self._languages()))}; Debian and Ubuntu: apt-get install "
+                    f"tesseract-ocr-{lacking[0]}"
+                )
+
+    @cached_property
+    def _program(self) -> str:
         program = shutil.which("tesseract")
         if program is None:
             raise RewardError(
                 "the program tesseract is not installed; Debian and Ubuntu: apt-get install tesseract-ocr, "
                 "macOS: brew install tesseract, Windows: winget install UB-Mannheim.TesseractOCR"
             )
-        self._program = program
-        self.whitelist = whitelist
-        self.page_mode = page_mode
-        self.scale = scale
-        self.threads = threads
-        self.timeout = timeout
+        return program
+
+    def _languages(self) -> set[str]:
+        shown = subprocess.run([self._program, "--list-langs"], capture_output=True, text=True, check=True)
+        return set((shown.stdout or shown.stderr).split("\n")[1:]) - {""}
+
+    @cached_property
+    def match(self) -> Match:
+        """How what is read is scored."""
+        return Match(self.formula, self.extra_text, self.ordered)
 
     def read(self, media: torch.Tensor) -> list[str]:
         """The text on each image of (B, 3, H, W), float in [0, 1]; one call for the whole batch."""
@@ -92,7 +128,7 @@ class Tesseract:
         return [" ".join(page.split()) for page in pages]
 
     def _run(self, arguments: list[str]) -> str:
-        command = [self._program, *arguments, "-l", "eng", "--dpi", "300", "--psm", str(self.page_mode)]
+        command = [self._program, *arguments, "-l", self.language, "--dpi", "300", "--psm", str(self.page_mode)]
         if self.whitelist is not None:
             command += ["-c", f"tessedit_char_whitelist={self.whitelist}"]
         environment = {**os.environ, "OMP_THREAD_LIMIT": str(self.threads)}
@@ -107,8 +143,8 @@ class Tesseract:
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raises RewardError for a prompt without a target, or with one that the whitelist cannot read."""
+        self.match.check(prompts)
         if self.whitelist is None:
-            targets(prompts)
             return
         readable = {character.casefold() for character in self.whitelist}
         for prompt, target in zip(prompts, targets(prompts)):
@@ -122,7 +158,7 @@ class Tesseract:
     def __call__(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
         """(B,) in [0, 1]."""
         self.check_prompts(prompts)
-        return similarity(self.read(media), targets(prompts))
+        return self.match.scores(self.read(media), prompts)
 
     def describe(self) -> dict[str, Any]:
         """Engine, version and options."""
@@ -131,6 +167,7 @@ class Tesseract:
         return {
             "engine": "tesseract",
             "version": found.group(1) if found else "unknown",
+            "language": self.language,
             "page_mode": self.page_mode,
             "scale": self.scale,
             "whitelist": self.whitelist,
