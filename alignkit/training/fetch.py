@@ -11,8 +11,8 @@ from alignkit.errors import AlignkitError, RecipeError
 from alignkit.rewards import Files, load
 from alignkit.rewards.card import HasWeights
 from alignkit.rewards.weights import MissingWeights, locate
-from alignkit.training.recipe import Recipe
-from alignkit.training.recipe_files import resolved
+from alignkit.training.recipe_files import AnyRecipe, resolved
+from alignkit.training.reward_model import RewardModel
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,13 @@ class Need:
     place: Path | None
 
 
-def needs_of_recipe(recipe: Recipe) -> list[Need]:
-    """The pipeline and every reward and judge, tokenizers included. Nothing is downloaded."""
+def needs_of_recipe(recipe: AnyRecipe) -> list[Need]:
+    """The pipeline and every reward and judge, tokenizers included. Nothing is downloaded.
+
+    What a reward model's recipe reads, its own code knows; for such a recipe the list is empty.
+    """
+    if isinstance(recipe, RewardModel):
+        return []
     model = resolved(recipe.model)
     needs = [Need("model", Files(model, ()), _pipeline(model, download=False))]
     for spec in (*recipe.rewards, *recipe.judges):
@@ -86,7 +91,7 @@ def _pipeline(model: str, download: bool) -> Path | None:
         ) from error
 
 
-def needs_of(spec: str, recipe_of: Callable[[str], Recipe]) -> list[Need]:
+def needs_of(spec: str, recipe_of: Callable[[str], AnyRecipe]) -> list[Need]:
     """What a recipe (shipped name or file) or, where there is none of that name, a reward needs.
 
     Raises:

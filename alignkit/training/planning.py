@@ -22,6 +22,8 @@ from alignkit.rewards.weights import present
 from alignkit.training.blueprint import Blueprint, blueprint, call_of, count, latent_numel
 from alignkit.training.grpo import GRPO, plan_of
 from alignkit.training.recipe import Recipe
+from alignkit.training.recipe_files import AnyRecipe
+from alignkit.training.reward_model import RewardModel, made
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32 = 4
@@ -66,13 +68,15 @@ class Round:
     micro_batch: int
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
+def plan(recipe: AnyRecipe) -> dict[str, Any]:
     """Level 1: a JSON record of what the recipe will do.
 
     Raises:
         RecipeError: the recipe contradicts itself, or nothing is known about its model here.
     """
     recipe.validate()
+    if isinstance(recipe, RewardModel):
+        return plan_reward_model(recipe)
     if not isinstance(recipe, GRPO):
         raise RecipeError(f"there is no trainer for {type(recipe).__name__}; use GRPO")
     found = blueprint(recipe.model)
@@ -103,6 +107,36 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         + [reward_record(spec, None) for spec in recipe.judges],
         "measured": None,
     }
+
+
+def plan_reward_model(recipe: RewardModel) -> dict[str, Any]:
+    """What a reward model's recipe will do. Its scorer is built, as only the recipe's own code knows its size."""
+    scorer = made(recipe.model, "model")
+    trained = [p for p in scorer.parameters() if p.requires_grad]
+    numel = sum(p.numel() for p in trained)
+    return {
+        "model": _spec(recipe.model),
+        "trainer": "RewardModel",
+        "parameters": {"scorer": count(scorer)},
+        "trained": numel,
+        "data": _spec(recipe.data),
+        "loss": _spec(recipe.loss),
+        "noise": recipe.noise,
+        "rounds": recipe.steps,
+        "examples": recipe.steps * recipe.batch,
+        "memory_bytes": {
+            "weights": sum(p.numel() * p.element_size() for p in scorer.parameters()),
+            "gradients": numel * FP32,
+            "optimizer": 2 * numel * FP32,
+            "ema": numel * FP32 if recipe.ema_decay is not None else 0,
+            "activations": None,
+        },
+        "measured": None,
+    }
+
+
+def _spec(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value.__module__}:{value.__qualname__}"
 
 
 def reward_record(spec: Any, weight: float | None) -> dict[str, Any]:
@@ -193,14 +227,16 @@ def memory(
     }
 
 
-def measured(record: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+def measured(record: Mapping[str, Any], recipe: AnyRecipe) -> dict[str, Any]:
     """Level 2: the record with `measured` filled in and the denoiser rows counted.
 
     Raises:
-        RecipeError: the weights are not on this machine.
+        RecipeError: the weights are not on this machine, or the recipe trains a reward model.
     """
     from alignkit.training.measuring import measure
 
+    if isinstance(recipe, RewardModel):
+        raise RecipeError("--measure measures how generators are trained; a reward model's run says its own times")
     if not record["weights_here"]:
         raise RecipeError(
             f"--measure needs the weights of {record['model']!r} on disk and only its configuration is here; download "
@@ -220,6 +256,9 @@ def measured(record: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 def lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(what, how much) for people; None is "not measured"."""
+    if record["trainer"] == "RewardModel":
+        yield from _reward_model_lines(record)
+        return
     rounds, trained = record["round"], record["trainable"]
     yield "model", f"{record['model']} ({record['pipeline']}, from {record['configured_by']})"
     for name, number in record["parameters"].items():
@@ -253,6 +292,17 @@ def lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     known = [size for size in record["memory_bytes"].values() if size is not None]
     yield "memory: sum of what is known", _size(sum(known))
     yield from _measured(record)
+
+
+def _reward_model_lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "model", f"{record['model']}: {record['parameters']['scorer']:,} parameters, {record['trained']:,} trained"
+    yield "data", record["data"]
+    noise = f", at noise levels {record['noise']}" if record["noise"] else ""
+    yield "loss", f"{record['loss']}{noise}"
+    yield "steps", f"{record['rounds']:,}, {record['examples']:,} examples in all"
+    for name, size in record["memory_bytes"].items():
+        if size != 0:
+            yield f"memory: {name}", _size(size)
 
 
 def _measured(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,8 @@ from alignkit.training import shrink
 from alignkit.training.blueprint import DENOISERS, build, class_named, configurations, count, local_folder
 from alignkit.training.grpo import GRPO
 from alignkit.training.recipe import Recipe
+from alignkit.training.recipe_files import AnyRecipe
+from alignkit.training.reward_model import RewardModel
 
 SMALL_ENOUGH = 20_000_000  # parameters; such a pipeline keeps its own sizes
 PIXELS, FRAMES, TEXT_LENGTH = 64, 9, 77
@@ -27,8 +29,10 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.msgpack", "*.onnx", "*.safetensors.index
 BUILD_FAULTS = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
 
 
-def tiny(recipe: Recipe, out: Path) -> Recipe:
+def tiny(recipe: AnyRecipe, out: Path) -> AnyRecipe:
     """The recipe with two steps, two prompts of two samples, and a tiny random model written to `out/model`.
+
+    A reward model's recipe keeps its model, which is the recipe's own code, and does two steps of two examples.
 
     Rewards whose weights are on the hub get tiny random ones, written to `out/rewards` and read by their own code.
 
@@ -40,6 +44,8 @@ def tiny(recipe: Recipe, out: Path) -> Recipe:
     """
     if (out / "recipe.json").exists():
         raise RecipeError(f"{out} already holds a run; give --tiny another --out, or none for a temporary folder")
+    if isinstance(recipe, RewardModel):
+        return dataclasses.replace(recipe, steps=2, batch=2, eval_every=1, time_limit=None)
     pipeline = write_model(recipe.model, out / "model")
     rewards = {tiny_reward(spec, out / "rewards"): weight for spec, weight in recipe.rewards.items()}
     judges = tuple(tiny_reward(judge, out / "rewards") for judge in recipe.judges)
