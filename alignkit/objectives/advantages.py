@@ -15,7 +15,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from alignkit.errors import AlignkitError, RecipeError
+from alignkit.errors import RecipeError
+from alignkit.objectives.groups import checked, like, sum_by_group
 
 Scale = Literal["group", "batch", "none"]
 SCALES: tuple[str, ...] = get_args(Scale)
@@ -47,20 +48,20 @@ def group_advantages(
     """
     if scale not in SCALES:
         raise RecipeError(f"scale={scale!r} is not known; expected one of {', '.join(SCALES)}")
-    values, valid, index, count = _checked(rewards, groups)
+    values, valid, index, count = checked(rewards, groups)
     live = valid & ~_flat_groups(values, valid, index, count, tolerance)[index]
-    number = _sum_by_group(valid.to(values), index, count).clamp_min(1.0)
-    centred = values - (_sum_by_group(values, index, count) / number)[index]
+    number = sum_by_group(valid.to(values), index, count).clamp_min(1.0)
+    centred = values - (sum_by_group(values, index, count) / number)[index]
     centred = torch.where(valid, centred, 0.0)
     if scale == "group":
-        std = (_sum_by_group(centred**2, index, count) / number).sqrt()[index]
+        std = (sum_by_group(centred**2, index, count) / number).sqrt()[index]
         centred = centred / (std + eps)
     elif scale == "batch" and bool(valid.any()):
         centred = centred / (values[valid].std(correction=0) + eps)
     if clip is not None:
         centred = centred.clamp(-clip, clip)
     advantages = torch.where(live, centred, 0.0)
-    return _like(rewards, advantages), live.to(rewards.device)
+    return like(rewards, advantages), live.to(rewards.device)
 
 
 def per_reward_advantages(
@@ -105,7 +106,7 @@ def per_reward_advantages(
     if clip is not None:
         total = total.clamp(-clip, clip)
     first = next(iter(parts.values()))
-    return _like(first, torch.where(live, total, 0.0)), live.to(first.device)
+    return like(first, torch.where(live, total, 0.0)), live.to(first.device)
 
 
 def quasi_norm(advantages: Tensor, groups: Tensor, p: float = 0.8) -> Tensor:
@@ -113,10 +114,10 @@ def quasi_norm(advantages: Tensor, groups: Tensor, p: float = 0.8) -> Tensor:
 
     p = 2 leads to an "average face", 0.8 generalised best. A group of zeros stays zero.
     """
-    values, _, index, count = _checked(advantages, groups)
-    norm = _sum_by_group(values.abs() ** p, index, count) ** (1.0 / p)
+    values, _, index, count = checked(advantages, groups)
+    norm = sum_by_group(values.abs() ** p, index, count) ** (1.0 / p)
     norm = torch.where(norm > 0, norm, 1.0)[index]
-    return _like(advantages, values / norm)
+    return like(advantages, values / norm)
 
 
 def group_statistics(rewards: Tensor, groups: Tensor, tolerance: float = TOLERANCE) -> dict[str, float]:
@@ -126,11 +127,11 @@ def group_statistics(rewards: Tensor, groups: Tensor, tolerance: float = TOLERAN
         `groups`: how many; `zero_std_fraction`: share of groups without signal; `valid_fraction`: share of
         samples that were scored; `group_std`: mean std within the groups that have a scored sample.
     """
-    values, valid, index, count = _checked(rewards, groups)
-    number = _sum_by_group(valid.to(values), index, count)
+    values, valid, index, count = checked(rewards, groups)
+    number = sum_by_group(valid.to(values), index, count)
     safe = number.clamp_min(1.0)
-    centred = torch.where(valid, values - (_sum_by_group(values, index, count) / safe)[index], 0.0)
-    std = (_sum_by_group(centred**2, index, count) / safe).sqrt()
+    centred = torch.where(valid, values - (sum_by_group(values, index, count) / safe)[index], 0.0)
+    std = (sum_by_group(centred**2, index, count) / safe).sqrt()
     flat = _flat_groups(values, valid, index, count, tolerance)
     scored = number > 0
     return {
@@ -141,26 +142,6 @@ def group_statistics(rewards: Tensor, groups: Tensor, tolerance: float = TOLERAN
     }
 
 
-def _checked(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Float64 rewards with 0 for NaN, validity, each sample's group as 0..count-1, count."""
-    if rewards.ndim != 1 or rewards.shape != groups.shape or rewards.numel() == 0:
-        raise AlignkitError(
-            f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must both be (B,), B at least 1"
-        )
-    if groups.is_floating_point() or groups.dtype == torch.bool:
-        raise AlignkitError(f"groups are integer ids, not {groups.dtype}")
-    if bool(rewards.isinf().any()):
-        raise AlignkitError("a reward is infinite; expected a number, or NaN for one not computed")
-    values = rewards.detach().to("cpu", torch.float64)
-    valid = ~values.isnan()
-    ids, index = torch.unique(groups.to("cpu"), return_inverse=True)
-    return torch.where(valid, values, 0.0), valid, index, int(ids.numel())
-
-
-def _sum_by_group(values: Tensor, index: Tensor, count: int) -> Tensor:
-    return torch.zeros(count, dtype=values.dtype).index_add(0, index, values)
-
-
 def _flat_groups(values: Tensor, valid: Tensor, index: Tensor, count: int, tolerance: float) -> Tensor:
     """(count,) bool: the group's valid rewards are all equal, or it has none."""
     empty = torch.full((count,), -torch.inf, dtype=values.dtype)
@@ -169,9 +150,3 @@ def _flat_groups(values: Tensor, valid: Tensor, index: Tensor, count: int, toler
     # Relative to |r|, so that rounding does not tell float32 rewards near 26 apart.
     largest = torch.maximum(high, negated)
     return high + negated <= tolerance * largest.clamp_min(1.0)
-
-
-def _like(rewards: Tensor, values: Tensor) -> Tensor:
-    """`values` on the device of `rewards`, float32 unless `rewards` are float64."""
-    dtype = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    return values.to(rewards.device, dtype)
