@@ -41,7 +41,7 @@ def qwen_tokenizer(special: Sequence[str] = ()) -> Any:
 
     pieces = list(bytes_to_unicode().values())
     tokens = {piece: i for i, piece in enumerate(pieces)}
-    merges: list[tuple[str, str]] = []
+    merges: Any = []
     for word in WORDS:  # a word is found by merging its letters from the left
         for end in range(2, len(word) + 1):
             if word[:end] not in tokens:

@@ -68,7 +68,8 @@ class VisionLanguage:
     """An image-text-to-text model with its processor.
 
     Images and videos stay tensors: the model's own torchvision processor resizes and normalises them, and the
-    answer is read off the logits of its first token, so gradients reach the pixels. Checked with Qwen2-VL,
+    answer is read off the logits of its first token, so gradients reach the pixels (which are not rounded to 256
+    steps after resizing, as those of a file are; otherwise the model sees the same). Checked with Qwen2-VL,
     Qwen2.5-VL, Qwen3-VL, LLaVA, Mistral 3 and Idefics 3; a processor that leaves torch is refused when a gradient
     is wanted.
 
