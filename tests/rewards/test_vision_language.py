@@ -174,8 +174,8 @@ def test_the_model_sees_what_its_processor_makes_of_the_same_picture_from_a_file
     picture = (smooth * 255).round() / 255
     ours = judge().inputs([Chat((picture, "?"))])["pixel_values"]
     theirs = judge().processor.image_processor(images=[to_pil_image(picture)], return_tensors="pt")["pixel_values"]
-    # A picture of a file is rounded to 256 steps again after resizing; a step is 1 / 255 / 0.26 once normalised.
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1.01 / 255 / 0.26)
+    # A picture of a file is rounded to 256 steps after each direction of resizing; a step is 1 / 255 / 0.26 once normalised.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1.5 / 255 / 0.26)
 
 
 def test_pictures_are_read_in_the_order_of_the_question() -> None:
