@@ -31,13 +31,13 @@ def count_at_rate(num_frames: int, media_fps: float, fps: float, least: int = 4,
     """How many frames of a video played at `media_fps` are sampled at `fps`: even, as Qwen2-VL pairs them.
 
     num_frames / media_fps * fps, kept between `least` and `most` and below `num_frames`, rounded to the nearest
-    even number (ties to a multiple of 4), as published with VideoAlign (arXiv 2501.13918). A video of fewer than
-    `least` frames is taken whole; the model repeats its last frame where that is odd.
+    even number (ties to a multiple of 4), as published with VideoAlign (arXiv 2501.13918). A single frame is 1.
     """
     _positive(num_frames=num_frames, media_fps=media_fps, fps=fps, least=least, most=most)
-    highest = min(most, num_frames) // 2 * 2
-    wanted = min(max(num_frames / media_fps * fps, least), highest)
-    return min(max(round(wanted / 2) * 2, 2), num_frames) if num_frames >= least else num_frames
+    if num_frames == 1:
+        return 1
+    wanted = min(max(num_frames / media_fps * fps, least), min(most, num_frames) // 2 * 2)
+    return round(wanted / 2) * 2
 
 
 def segments(num_frames: int, count: int) -> list[range]:
