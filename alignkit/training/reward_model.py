@@ -236,8 +236,8 @@ class RewardTraining:
             loss, logs = self.loss(self.scorer, batch, rng)
         if not bool(loss.isfinite()):
             raise AlignkitError(
-                f"the loss of step {step} is {float(loss)}; the weights are those of the step before. Usual causes: a "
-                "learning rate that is too high, examples that are not finite, or fp16"
+                f"the loss of step {step} is {float(loss.detach())}; the weights are those of the step before. Usual "
+                "causes: a learning rate that is too high, examples that are not finite, or fp16"
             )
         runtime.backward(loss / runtime.world)
         norm = runtime.optimizer_step(self.optimizer, self.parameters, recipe.max_grad_norm)
