@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, reduce
@@ -19,16 +21,51 @@ from alignkit.rewards.base import (
     Prepares,
     Reward,
     RewardFailure,
+    ScoresGroups,
     as_prompts,
     evaluate,
 )
-from alignkit.rewards.deadline import deadline
+from alignkit.rewards.card import HasWeights
+from alignkit.rewards.deadline import StillRunning, within
 from alignkit.rewards.loading import describe, load
+from alignkit.rewards.threads import draws_nothing
+from alignkit.rewards.weights import Files
 from alignkit.types import Prompt, Scores
 
 log = logging.getLogger("alignkit.rewards")
 
 Spec = str | Callable[..., Any]
+
+
+@runtime_checkable
+class Counts(Protocol):
+    """A reward that has more numbers for the log than its scores, such as how often its judge gave no verdict."""
+
+    def counted(self) -> Mapping[str, float]:
+        """Means over what was scored since the last call."""
+        ...
+
+
+def prepare(reward: Any) -> None:
+    """Read the weights of a part, where it has any."""
+    if isinstance(reward, Prepares):
+        reward.prepare()
+
+
+def check(reward: Any, prompts: Sequence[Prompt]) -> None:
+    """Raises RewardError if a prompt lacks what a part needs of it."""
+    if isinstance(reward, ChecksPrompts):
+        reward.check_prompts(prompts)
+
+
+def bound(reward: Any, policy: Any) -> Any:
+    """A part with what it needs of the policy, or as it is."""
+    return reward.bind(policy) if isinstance(reward, Binds) else reward
+
+
+def files_of(rewards: Iterable[Any]) -> tuple[Files, ...]:
+    """Everything that the parts read."""
+    return tuple(files for reward in rewards if isinstance(reward, HasWeights) for files in reward.files())
 
 
 class Weighted:
@@ -38,37 +75,44 @@ class Weighted:
     does not apply (`None` in TRL's style) gets its total from the others; NaN if none applies.
 
     Args:
-        rewards: {spec or callable: weight}, or one spec or callable with weight 1.
+        rewards: {spec or callable: weight}, the same as pairs, or one spec or callable with weight 1.
         on_error: "raise" stops with a RewardError that names the reward and the prompt; "mask" makes the
             score and the total of these samples NaN and counts them. A failure is never a score of 0.
             A broken contract (wrong shape, changed media, wrong kind) always stops.
-        timeout: seconds that one call of one reward may take; then it counts as failed. See `deadline`.
+        timeout: seconds that one call of one reward may take; then it counts as failed. See `within`.
 
     Attributes:
         rewards, weights: by reward name.
         failed: how many samples each reward has failed on so far.
         tracebacks: the last failure of each reward that failed.
+        of_policy: names of rewards that are part of the generator they score; known after `bind`.
+        watched: refuse rewards that draw from torch's global generators; see `draws_nothing`.
     """
 
     def __init__(
         self,
-        rewards: Mapping[Any, float] | Spec,
+        rewards: Mapping[Any, float] | Sequence[tuple[Any, float]] | Spec,
         on_error: str = "raise",
         timeout: float | None = None,
     ) -> None:
         if on_error not in ("raise", "mask"):
             raise RecipeError(f"on_error={on_error!r}; choose 'raise' (stop) or 'mask' (NaN, counted)")
-        weights = rewards if isinstance(rewards, Mapping) else {rewards: 1.0}
-        if not weights:
+        pairs = list(rewards.items()) if isinstance(rewards, Mapping) else rewards
+        if isinstance(pairs, str) or not isinstance(pairs, Sequence):
+            pairs = [(pairs, 1.0)]
+        if not pairs:
             raise RecipeError("no rewards given; expected at least one, e.g. {'ocr': 1.0}")
         self.on_error = on_error
         self.timeout = timeout
         self.rewards: dict[str, Reward] = {}
         self.weights: dict[str, float] = {}
-        for spec, weight in weights.items():
+        for spec, weight in pairs:
             self._add(load(spec), weight)
         self.failed: dict[str, int] = dict.fromkeys(self.rewards, 0)
         self.tracebacks: dict[str, str] = {}
+        self.of_policy: frozenset[str] = frozenset()
+        self.watched = False
+        self._left_running: dict[str, threading.Thread] = {}
 
     def _add(self, reward: Reward, weight: float) -> None:
         if reward.name in self.rewards:
@@ -78,17 +122,46 @@ class Weighted:
         self.rewards[reward.name] = reward
         self.weights[reward.name] = float(weight)
 
+    def and_judges(self, judges: Iterable[Spec]) -> Weighted:
+        """For assessing: these rewards, loaded once, and `judges` with weight 0.
+
+        Rewards that compare the samples of a group are left out: an assessment has one sample per prompt.
+
+        Raises:
+            RecipeError: nothing is left.
+        """
+        alone = [(r, self.weights[n]) for n, r in self.rewards.items() if not isinstance(r, ScoresGroups)]
+        both = [*alone, *((judge, 0.0) for judge in judges)]
+        if not both:
+            raise RecipeError(
+                f"{', '.join(self.rewards)} compares samples of one prompt with each other, so its mean cannot rise; "
+                "add a reward that scores single samples to `judges`, to see whether they get better"
+            )
+        found = Weighted(both, self.on_error, self.timeout)
+        found.of_policy = self.of_policy & set(found.rewards)
+        return found
+
     def bind(self, policy: Any) -> None:
         """Hand the policy to the rewards that are part of the generator; see `Binds`."""
-        for name, reward in self.rewards.items():
-            if isinstance(reward, Binds):
-                self.rewards[name] = reward.bind(policy)
+        for name in set(self.rewards) - self.of_policy:
+            own = bound(self.rewards[name], policy)
+            if own is not self.rewards[name]:
+                self.rewards[name], self.of_policy = own, self.of_policy | {name}
 
     def prepare(self) -> None:
         """Read all weights now, so that what is missing is said before anything is spent."""
         for reward in self.rewards.values():
-            if isinstance(reward, Prepares):
-                reward.prepare()
+            prepare(reward)
+
+    @property
+    def groupwise(self) -> bool:
+        """Whether a part compares samples of one prompt, so that a batch must hold whole groups."""
+        return any(isinstance(reward, ScoresGroups) for reward in self.rewards.values())
+
+    def counted(self) -> dict[str, float]:
+        """`name/number` of the parts that count something beside their scores, since the last call."""
+        own = {name: reward.counted() for name, reward in self.rewards.items() if isinstance(reward, Counts)}
+        return {f"{name}/{number}": value for name, numbers in own.items() for number, value in numbers.items()}
 
     @property
     def differentiable(self) -> bool:
@@ -98,27 +171,33 @@ class Weighted:
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises RewardError before any image is made if a prompt lacks what a reward needs of it."""
         for reward in self.rewards.values():
-            if isinstance(reward, ChecksPrompts):
-                reward.check_prompts(as_prompts(prompts))
+            check(reward, as_prompts(prompts))
 
     def describe(self) -> dict[str, Any]:
         """A JSON record of the parts, their weights and the failure policy."""
         parts = [{**describe(reward), "weight": self.weights[name]} for name, reward in self.rewards.items()]
         return {"on_error": self.on_error, "timeout": self.timeout, "rewards": parts}
 
-    def __call__(self, media: torch.Tensor, prompts: Sequence[str]) -> Scores:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], latents: torch.Tensor | None = None) -> Scores:
         """Scores of one batch.
 
         Args:
             media: (B, 3, H, W) or (B, T, 3, H, W), float in [0, 1].
             prompts: B prompts.
+            latents: (B, ...) what the media were decoded from, for rewards of kind "latent". Without them, such as
+                after the pipeline's own scheduler, those rewards do not apply.
 
         Raises:
             RewardError: see `on_error`.
         """
         known = as_prompts(prompts)
         before = dict(self.failed)
-        parts = {name: self._evaluate(reward, media, known) for name, reward in self.rewards.items()}
+        parts: dict[str, Evaluation] = {}
+        for name, reward in self.rewards.items():
+            seen = latents if reward.kind == "latent" else media
+            parts[name] = (
+                not_applicable(len(known), media.device) if seen is None else self._evaluate(reward, seen, known)
+            )
         return Scores(
             total=weighted_total(parts, self.weights),
             parts={name: part.scores for name, part in parts.items()},
@@ -151,17 +230,30 @@ class Weighted:
         return Evaluation(evaluation.scores.masked_fill(failed, math.nan), evaluation.applicable)
 
     def _within_deadline(self, reward: Reward, media: torch.Tensor, prompts: list[Prompt]) -> Evaluation:
+        shown = f"reward {reward.name!r}, prompts {', '.join(str(prompt.id) for prompt in prompts[:8])}"
+        busy = self._left_running.get(reward.name)
+        if busy is not None and busy.is_alive():
+            raise RewardFailure(f"{shown}: it is still in the call that ran out of time before")
+        watch = draws_nothing(reward.name, media.device) if self.watched else nullcontext()
         try:
-            with deadline(self.timeout):
-                return evaluate(reward, media, prompts)
+            with watch:
+                return within(self.timeout, lambda: evaluate(reward, media, prompts))
         except TimeoutError as error:
-            shown = ", ".join(str(prompt.id) for prompt in prompts[:8])
-            raise RewardFailure(f"reward {reward.name!r}, prompts {shown}: {error}") from error
+            if isinstance(error, StillRunning):
+                self._left_running[reward.name] = error.thread
+            raise RewardFailure(f"{shown}: {error}") from error
 
     def _record(self, name: str, reason: str) -> None:
         if name not in self.tracebacks:
             log.warning("reward %r failed; its samples are left out (said once per reward):\n%s", name, reason)
         self.tracebacks[name] = reason
+
+
+def not_applicable(batch: int, device: torch.device) -> Evaluation:
+    """What a reward says of `batch` samples that it cannot be asked about."""
+    return Evaluation(
+        torch.full((batch,), math.nan, device=device), torch.zeros(batch, dtype=torch.bool, device=device)
+    )
 
 
 def weighted_total(parts: Mapping[str, Evaluation], weights: Mapping[str, float]) -> torch.Tensor:
@@ -203,17 +295,30 @@ class PerFrameMean:
 
     def __init__(self, reward: Spec) -> None:
         self.reward = load(reward)
-        if self.reward.kind != "image":
+        if self.reward.kind != "image" or isinstance(self.reward, ScoresGroups):
             raise RecipeError(
-                f"PerFrameMean needs an image reward; {self.reward.name!r} scores {self.reward.kind} media"
+                f"PerFrameMean needs a reward of single images; {self.reward.name!r} scores "
+                + ("groups" if self.reward.kind == "image" else f"{self.reward.kind} media")
             )
         self.name = f"{self.reward.name}_per_frame"
         self.differentiable = self.reward.differentiable
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """As the image reward's."""
-        if isinstance(self.reward, ChecksPrompts):
-            self.reward.check_prompts(prompts)
+        check(self.reward, prompts)
+
+    def files(self) -> tuple[Files, ...]:
+        """As the image reward's."""
+        return files_of([self.reward])
+
+    def prepare(self) -> None:
+        """As the image reward's."""
+        prepare(self.reward)
+
+    def bind(self, policy: Any) -> PerFrameMean:
+        """The mean of the bound image reward."""
+        own = bound(self.reward, policy)
+        return self if own is self.reward else PerFrameMean(own)
 
     def describe(self) -> dict[str, Any]:
         """What the frames are scored by."""

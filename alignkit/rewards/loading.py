@@ -44,6 +44,11 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
     Raises:
         RecipeError: nothing is there (names the nearest), or it cannot be made with these options.
     """
+    return as_reward(made(spec, **options))
+
+
+def made(spec: str | Callable[..., Any], **options: Any) -> Any:
+    """What `spec` names, made with its options, whether it is a reward, a judge that compares, or something else."""
     target: Any = spec
     if isinstance(spec, str):
         place, written = split_options(spec)
@@ -55,7 +60,7 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
             f"reward {spec!r} is no class and takes no options, given {', '.join(options)}; "
             "make it a class whose __init__ takes them"
         )
-    return as_reward(target)
+    return target
 
 
 def split_options(spec: str) -> tuple[str, dict[str, Any]]:

@@ -4,7 +4,9 @@ import json
 import math
 import signal
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from alignkit.errors import RecipeError, RewardError
 from alignkit.rewards import PerFrameMean, Weighted, in_micro_batches
 from alignkit.rewards.deadline import deadline
+from alignkit.rewards.threads import inherited
 from alignkit.types import Prompt
 
 PROMPTS = [Prompt("one", id=11), Prompt("two", id=12), Prompt("three", id=13), Prompt("four", id=14)]
@@ -207,3 +210,94 @@ def test_a_deadline_puts_the_previous_timer_back() -> None:
 def test_a_deadline_of_zero_is_refused() -> None:
     with pytest.raises(RecipeError, match="timeout=0"), deadline(0):
         pass
+
+
+class LatentMean:
+    """Scores latents."""
+
+    name, kind, differentiable = "latent_mean", "latent", False
+
+    def __call__(self, media, prompts):
+        return media.flatten(1).mean(dim=1)
+
+
+def test_a_latent_reward_gets_the_latents_and_does_not_apply_without_them(media: torch.Tensor) -> None:
+    rewards, latents = Weighted({LatentMean(): 1.0, length: 1.0}), torch.arange(8.0).reshape(4, 2)
+    scores = rewards(media, PROMPTS, latents)
+    torch.testing.assert_close(scores.parts["latent_mean"], torch.tensor([0.5, 2.5, 4.5, 6.5]))
+    without = rewards(media, PROMPTS)
+    assert without.parts["latent_mean"].isnan().all() and without.total.tolist() == [3.0, 3.0, 5.0, 4.0]
+    assert without.failed["latent_mean"] == 0
+
+
+def test_judges_are_added_with_weight_zero_beside_the_same_loaded_rewards() -> None:
+    trained = Weighted({brightness_of: 2.0})
+    both = trained.and_judges([length])
+    assert both.weights == {"brightness_of": 2.0, "length": 0.0}
+    assert both.rewards["brightness_of"] is trained.rewards["brightness_of"]
+
+
+def in_a_thread(work):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def counts_forever(media, prompts):
+    while True:
+        time.sleep(0.01)
+
+
+def test_a_reward_that_hangs_in_another_thread_is_stopped_there_too(media: torch.Tensor) -> None:
+    rewards = Weighted({counts_forever: 1.0, length: 1.0}, on_error="mask", timeout=0.2)
+    scores = in_a_thread(lambda: rewards(media, PROMPTS))
+    assert scores.parts["counts_forever"].isnan().all() and scores.parts["length"].isfinite().all()
+    assert not [thread for thread in threading.enumerate() if thread.name == "alignkit-reward-call"]
+
+
+def test_a_call_that_cannot_be_stopped_is_left_behind_and_the_reward_is_not_called_again(
+    media: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignkit.rewards.deadline.GRACE", 0.05)
+    calls, release = [], threading.Event()
+
+    def blocks(media, prompts):
+        calls.append(len(prompts))
+        release.wait(10)
+        return [1.0] * len(prompts)
+
+    rewards = Weighted({blocks: 1.0}, on_error="mask", timeout=0.1)
+    first = in_a_thread(lambda: rewards(media, PROMPTS))
+    second = in_a_thread(lambda: rewards(media, PROMPTS))
+    assert first.total.isnan().all() and second.total.isnan().all()
+    assert calls == [4]
+    assert "still in the call" in rewards.tracebacks["blocks"]
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name == "alignkit-reward-call":
+            thread.join()
+    assert in_a_thread(lambda: rewards(media, PROMPTS)).total.tolist() == [1.0] * 4
+
+
+def test_what_torch_keeps_per_thread_goes_with_the_work() -> None:
+    seen = {}
+
+    def work():
+        seen.update(gradient=torch.is_grad_enabled(), cast=(torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        carried = inherited(work)
+    in_a_thread(carried)
+    assert seen == {"gradient": False, "cast": torch.bfloat16}
+    in_a_thread(work)
+    assert seen == {"gradient": True, "cast": torch.float32}
+
+
+def test_a_reward_that_draws_from_the_global_generator_is_refused_where_that_is_watched(media: torch.Tensor) -> None:
+    def draws(media, prompts):
+        return torch.rand(len(prompts))
+
+    rewards = Weighted({draws: 1.0, length: 1.0})
+    rewards(media, PROMPTS)
+    rewards.watched = True
+    with pytest.raises(RecipeError, match=r"'draws' draws from torch's global generator"):
+        rewards(media, PROMPTS)
