@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -12,34 +12,11 @@ from torch import Tensor, nn
 from alignkit.errors import RecipeError
 from alignkit.objectives import preference
 from alignkit.training.examples import ChoiceBatch, LabelBatch, PairBatch, ViewBatch, score
+from alignkit.training.self_distillation import SelfDistilled
 
 Logs = dict[str, float]
 Loss = Callable[[Any, Any, torch.Generator], tuple[Tensor, Logs]]
 """`(model, batch, rng) -> (scalar loss, {name: number})`; everything random comes from `rng`."""
-
-
-@runtime_checkable
-class Distils(Protocol):
-    """A student that carries its teacher, for "self_distillation".
-
-    Attributes:
-        centre: (K,) buffer, running mean of the teacher's logits.
-        student_temperature, teacher_temperature: see `objectives.preference.self_distillation`.
-        centre_momentum: share of the old centre that stays.
-    """
-
-    centre: Tensor
-    student_temperature: float
-    teacher_temperature: float
-    centre_momentum: float
-
-    def student(self, view: Tensor) -> Tensor:
-        """(B, K) logits of (B, 3, h, w), with gradients."""
-        ...
-
-    def teacher(self, view: Tensor) -> Tensor:
-        """(B, K) logits of (B, 3, h, w) by the moving average of the student, which `after_step` moves."""
-        ...
 
 
 def bradley_terry(model: nn.Module, batch: PairBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
@@ -79,13 +56,12 @@ def yes_no(model: nn.Module, batch: LabelBatch, rng: torch.Generator) -> tuple[T
     return loss, {"accuracy": _share((logits > 0) == (batch.labels > 0.5))}
 
 
-def self_distillation(model: Any, batch: ViewBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
+def self_distillation(model: nn.Module, batch: ViewBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
     """DINO on the views of a batch; moves the model's centre."""
     _require(batch, ViewBatch, "self_distillation")
-    if not isinstance(model, Distils):
+    if not isinstance(model, SelfDistilled):
         raise RecipeError(
-            f'loss="self_distillation" needs a model with student(view), teacher(view), centre and temperatures; '
-            f"{type(model).__name__} has not all of them"
+            f'loss="self_distillation" trains a student with its teacher, a SelfDistilled; got {type(model).__name__}'
         )
     with torch.no_grad():
         taught = torch.stack([model.teacher(view) for view in batch.views[: batch.teacher_views]])
