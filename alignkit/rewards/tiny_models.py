@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,5 +138,37 @@ def qwen_vl(family: str = "qwen2_5_vl", special: Sequence[str] = (), seed: int =
 def write_qwen_vl(folder: Path, family: str = "qwen2_5_vl", special: Sequence[str] = (), seed: int = 0) -> None:
     """`qwen_vl` as files in `folder`, named as on the hub."""
     model, processor = qwen_vl(family, special, seed)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def write_qwen_vl_that_says(folder: Path, stages: Sequence[Sequence[str]], seed: int = 1) -> None:
+    """A tiny Qwen2.5-VL whose reply is one text of each stage in turn; which one depends on the picture.
+
+    Every text is one token. The last dimensions of the hidden state are kept for the stage: layers do not write to
+    them, a token's embedding says which stage it ends, and the head lets only texts of the next stage follow.
+
+    Args:
+        stages: fewer than eight; texts that the question does not contain.
+    """
+    model, processor = qwen_vl(seed=seed)
+    tokenizer = processor.tokenizer
+    tokenizer.add_tokens([text for stage in stages for text in stage])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    token = tokenizer.convert_tokens_to_ids
+    turns = [[token("Ċ")], *([token(text) for text in stage] for stage in stages), [token("<|im_end|>")]]
+    first = WIDTH - len(turns) + 1
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.o_proj.weight[first:] = 0
+            layer.mlp.down_proj.weight[first:] = 0
+        embeddings.zero_()  # words say nothing, so that the picture alone decides within a stage
+        head[:, first:] = 0
+        for stage, (before, after) in enumerate(pairwise(turns)):
+            embeddings[before, first + stage] = 4
+            head[after, first + stage] = 40
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

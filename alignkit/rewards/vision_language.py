@@ -125,6 +125,9 @@ class VisionLanguage:
     def tokenizer(self) -> Any:
         return self.processor.tokenizer
 
+    def prepare(self) -> None:
+        """Nothing is left to be read."""
+
     def inputs(self, chats: Sequence[Chat], special: Sequence[str] = (), reply: bool = True) -> dict[str, torch.Tensor]:
         """What the model's forward takes for these questions, on the device of their media, in the graph.
 
