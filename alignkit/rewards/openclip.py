@@ -96,8 +96,9 @@ def open_clip_model(
             f"weights {file or name} hold more than tensors, and a file that runs code is not read; save "
             "`model.state_dict()` as safetensors"
         ) from error
-    except (RuntimeError, ValueError, OSError) as error:
-        raise RewardError(f"weights {file or name} do not load into open_clip's {name}: {error}") from error
+    except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:  # what its loading code raises
+        reason = " ".join(str(error).split())
+        raise RewardError(f"weights {file or name} do not load into open_clip's {name}: {reason}") from error
 
 
 @dataclass(frozen=True, eq=False)
