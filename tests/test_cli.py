@@ -20,12 +20,13 @@ COMMANDS = ["run", "resume", "plan", "sample", "score", "fetch", "rewards", "rep
 
 FIELDS = """
 adam_betas advantage advantage_clip attention call checkpoint_seconds clip clip_high diversity_prompts
-diversity_samples ema_decay eval_batch eval_curve_prompts eval_every eval_limit eval_prompts eval_steps
-gradient_checkpointing group_size guidance_baseline init_lora judges keep_checkpoints kl_beta kl_form lr lr_schedule
-max_grad_norm micro_batch model noise.kind noise.level noise.scaled num_steps on_error plan plan_steps precision
-prompts prompts_per_step ratio_norm reduce reward_timeout rewards.ocr rollout_batch sample_prompts seed slide_every
-steps time_limit tracker train.alpha train.rank train.seed train.targets train_guidance updates warmup weight_decay
-window window_first window_last
+diversity_samples diversity_shaping ema_decay eval_batch eval_curve_prompts eval_every eval_limit eval_prompts
+eval_steps gradient_checkpointing group_size guidance_baseline init_lora judges keep_checkpoints kl_beta kl_form lr
+lr_schedule max_grad_norm micro_batch model noise.kind noise.level noise.scaled num_steps on_error plan plan_steps
+precision prompts prompts_per_step ratio_norm reduce replay replay_rounds reward_device reward_timeout rewards.ocr
+rewards_beside rollout_batch sample_prompts seed slide_every steps time_limit tracker train.alpha train.rank
+train.seed train.targets train_guidance transform transform_quantile transform_samples transform_scales updates warmup
+weight_decay window window_first window_last
 """
 
 RECIPE = """

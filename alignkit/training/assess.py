@@ -11,8 +11,8 @@ import torch
 from alignkit.data.prompts import batches_of_equal_shape
 from alignkit.flow.plan import deterministic
 from alignkit.policy import Policy
-from alignkit.rewards import Weighted
 from alignkit.training.experience import conditions, join_scores, keywords_of
+from alignkit.training.scoring import Scoring
 from alignkit.training.seeds import generators
 from alignkit.types import Prompt, Scores
 
@@ -32,14 +32,15 @@ class Assessment:
     scores: Scores
 
     def means(self) -> dict[str, float]:
-        """Mean of every part over the samples that were scored."""
-        return {name: float(values.double().nanmean()) for name, values in self.scores.parts.items()}
+        """Mean of every part over the samples that were scored; a part that applied to none has no mean."""
+        means = {name: float(values.double().nanmean()) for name, values in self.scores.parts.items()}
+        return {name: mean for name, mean in means.items() if mean == mean}
 
 
 def assess(
     policy: Policy,
     prompts: Sequence[Prompt],
-    judges: Weighted,
+    judges: Scoring,
     *,
     num_steps: int,
     seed: int,
@@ -52,21 +53,23 @@ def assess(
     """Sample every prompt once with fixed noise and score it; the weights in force are the policy's current ones."""
     ordered: list[Prompt] = []
     media: list[torch.Tensor] = []
-    scores: list[Scores] = []
-    for chunk in batches_of_equal_shape(prompts, batch):
-        poll()
-        noise = generators(len(chunk), seed, "assess", first=len(ordered))
-        if own_scheduler:
-            pictures = sample_with_own_scheduler(policy, chunk, num_steps, noise, call)
-        else:
-            cond = conditions(policy, chunk, num_steps, seed, call, guided)[0]
-            rolled = policy.rollout(cond, deterministic(num_steps), noise, poll=poll)
-            with torch.no_grad():
-                pictures = policy.decode(rolled.x0, cond)
-        poll()
-        scores.append(judges(pictures, chunk))
-        ordered.extend(chunk)
-        media.append(pictures.cpu())
+    with judges.gather(poll) as gathering:
+        for chunk in batches_of_equal_shape(prompts, batch):
+            poll()
+            noise = generators(len(chunk), seed, "assess", first=len(ordered))
+            latents = None
+            if own_scheduler:
+                pictures = sample_with_own_scheduler(policy, chunk, num_steps, noise, call)
+            else:
+                cond = conditions(policy, chunk, num_steps, seed, call, guided)[0]
+                latents = policy.rollout(cond, deterministic(num_steps), noise, poll=poll).x0
+                with torch.no_grad():
+                    pictures = policy.decode(latents, cond)
+            poll()
+            gathering.add(pictures, chunk, latents)
+            ordered.extend(chunk)
+            media.append(pictures.cpu())
+        scores = [scored.scores for scored in gathering.scored()]
     same = len({m.shape[1:] for m in media}) == 1
     return Assessment(tuple(ordered), torch.cat(media) if same else None, join_scores(scores))
 

@@ -13,7 +13,7 @@ from alignkit.data.prompts import batches_of_equal_shape
 from alignkit.flow.plan import Plan
 from alignkit.flow.transition import Reduce
 from alignkit.policy import Conditioning, Policy
-from alignkit.rewards import Weighted
+from alignkit.training.scoring import Scoring
 from alignkit.training.seeds import generators
 from alignkit.types import Prompt, Rollouts, Scores, StepRecord
 
@@ -27,12 +27,16 @@ class Experience:
         rollouts: endpoints and recorded stochastic steps of all B.
         scores: rewards of all B.
         groups: (B,) int64; samples of one prompt of the round share a number.
+        features: (B, D) on the CPU, where the recipe compares the samples of a group; else None.
+        age: rounds since these were sampled; 0 = by the weights of this round.
     """
 
     cond: Conditioning
     rollouts: Rollouts
     scores: Scores
     groups: torch.Tensor
+    features: torch.Tensor | None = None
+    age: int = 0
 
 
 def keywords_of(policy: Policy, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -67,7 +71,7 @@ def collect(
     policy: Policy,
     cond: Conditioning,
     plan: Plan,
-    rewards: Weighted,
+    scoring: Scoring,
     *,
     group_size: int,
     batch: int | None,
@@ -86,20 +90,22 @@ def collect(
     whole = cond.repeat(group_size)
     size = batch or len(whole)
     parts: list[Rollouts] = []
-    scored: list[Scores] = []
-    for start in range(0, len(whole), size):
-        piece = whole[start : start + size]
-        rolled = policy.rollout(
-            piece, plan, generators(len(piece), *key, first=first + start), reduce=reduce, poll=poll
-        )
-        with torch.no_grad():
-            media = policy.decode(rolled.x0, piece)
-        poll()
-        parts.append(rolled)
-        scored.append(rewards(media, piece.prompts))
-        poll()
+    with scoring.gather(poll, group_size) as gathering:
+        for start in range(0, len(whole), size):
+            piece = whole[start : start + size]
+            rolled = policy.rollout(
+                piece, plan, generators(len(piece), *key, first=first + start), reduce=reduce, poll=poll
+            )
+            with torch.no_grad():
+                media = policy.decode(rolled.x0, piece)
+            poll()
+            parts.append(rolled)
+            gathering.add(media, piece.prompts, rolled.x0)
+            poll()
+        scored = gathering.scored()
     groups = torch.arange(len(cond)).repeat_interleave(group_size)
-    return Experience(whole, join_rollouts(parts), join_scores(scored), groups)
+    features = None if scored[0].features is None else torch.cat([s.features for s in scored if s.features is not None])
+    return Experience(whole, join_rollouts(parts), join_scores([s.scores for s in scored]), groups, features)
 
 
 def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:

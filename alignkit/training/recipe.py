@@ -41,6 +41,11 @@ class Recipe:
         seed: of everything random in the run.
         warmup, lr_schedule: rounds of linear warm-up; "linear" then falls to 0 at the last of `steps`.
         on_error: what a failed reward does: "raise" stops the run, "mask" leaves the sample out.
+        reward_timeout: seconds that one call of one reward may take, then it failed; None: no limit.
+        rewards_beside: score one rollout batch in a thread while the next is sampled; needs `rollout_batch`. The
+            numbers are the same. It helps with rewards that wait for a server, run on another device, or leave a
+            processor free. The next round never begins before the scores of this one have trained the weights.
+        reward_device: where media are scored, such as "cuda:1"; None: where they were sampled.
         eval_every: rounds between small held-out evaluations (curves); 0: none.
         eval_limit: held-out prompts of the evaluations before and after; None: all.
         checkpoint_seconds: longest time between commits when rounds are short.
@@ -79,6 +84,8 @@ class Recipe:
     seed: int = 0
     on_error: Literal["raise", "mask"] = "raise"
     reward_timeout: float | None = None
+    rewards_beside: bool = False
+    reward_device: str | None = None
     eval_every: int = 10
     eval_curve_prompts: int = 32
     eval_limit: int | None = None
@@ -117,6 +124,12 @@ class Recipe:
             raise RecipeError(
                 f"updates={self.updates} does not split prompts_per_step={self.prompts_per_step} into whole groups; "
                 f"nearest: updates={near}"
+            )
+        samples = self.prompts_per_step * self.group_size
+        if self.rewards_beside and (self.rollout_batch is None or self.rollout_batch >= samples):
+            raise RecipeError(
+                f"rewards_beside=True with rollout_batch={self.rollout_batch}: all {samples} samples of a round come "
+                f"at once, so there is nothing to score beside; use one below, such as {max(samples // 4, 1)}"
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise RecipeError(f"ema_decay={self.ema_decay} must lie between 0 and 1, or be None")

@@ -63,7 +63,7 @@ def accumulate(
     """Backward through every recorded step of every sample, averaged over the live samples of all processes.
 
     Returns:
-        Numbers for the log by name, one tensor per backward.
+        Numbers for the log by name, one tensor per backward; `replay_...` for samples of earlier rounds.
 
     Raises:
         AlignkitError: a loss is not finite; says at which step of the sampler and for which prompt.
@@ -80,8 +80,9 @@ def accumulate(
             _check_finite(loss, record, cond)
             weighted = torch.where(piece.live.to(loss.device), loss, 0.0).sum()
             runtime.backward(weighted / max(total * len(piece.experience.rollouts.steps), 1.0))
+            own = "replay_" if piece.experience.age else ""  # of earlier weights: their ratio is not 1 to begin with
             for name, value in {**numbers, "loss": loss.detach()}.items():
-                logs.setdefault(name, []).append(value.reshape(-1))
+                logs.setdefault(f"{own}{name}", []).append(value.reshape(-1))
     return logs
 
 
