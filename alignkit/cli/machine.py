@@ -20,7 +20,7 @@ def rewards(args: argparse.Namespace) -> int:
             r["name"],
             r["family"],
             r["kind"],
-            "yes" if r["differentiable"] else "no",
+            {True: "yes", False: "no"}.get(r["differentiable"], r["differentiable"]),
             r["range"],
             r["status"],
             r["summary"],

@@ -15,7 +15,8 @@ class Card:
     """What a user wants to know of a reward before loading it.
 
     Attributes:
-        family: "preference", "features", "text", "composition", "judge", "self", "video" or "statistics".
+        family: "preference", "features", "text", "composition", "judge", "self", "video", "combined" or
+            "statistics".
         summary: one line, what a high score means.
         range: of the scores, such as "[0, 1]" or "about 18 to 24".
         licence: of the default weights; "" where there are none.
@@ -33,7 +34,7 @@ class Card:
     source: str = ""
 
 
-FAMILIES = ("preference", "features", "text", "composition", "judge", "self", "video", "statistics")
+FAMILIES = ("preference", "features", "text", "composition", "judge", "self", "video", "combined", "statistics")
 
 
 @runtime_checkable

@@ -21,10 +21,16 @@ def record_of(name: str) -> dict[str, Any]:
     return {
         **dataclasses.asdict(card),
         "columns": list(card.columns),
-        "kind": cls.kind,
-        "differentiable": inspect.getattr_static(cls, "differentiable", None) is True,
+        "kind": _declared(cls, "kind"),
+        "differentiable": _declared(cls, "differentiable"),
         "weights": _defaults(cls).get("weights"),
     }
+
+
+def _declared(cls: type, name: str) -> Any:
+    """A class attribute; "its parts'" where it depends on what the reward is made of."""
+    value = inspect.getattr_static(cls, name)
+    return "its parts'" if isinstance(value, property) else value
 
 
 def _defaults(cls: type) -> dict[str, Any]:
@@ -38,16 +44,16 @@ def rows() -> Iterator[tuple[str, ...]]:
         for name, record in records.items():
             if record["family"] != family:
                 continue
-            columns = f" Columns: {', '.join(record['columns'])}." if record["columns"] else ""
+            columns = f" (columns: {', '.join(record['columns'])})" if record["columns"] else ""
             yield (
                 f"`{name}`",
                 record["kind"],
                 record["range"],
-                "yes" if record["differentiable"] else "",
+                {True: "yes", False: ""}.get(record["differentiable"], record["differentiable"]),
                 f"`{record['weights']}`" if record["weights"] else "",
                 record["licence"],
                 record["cost"],
-                f"{record['summary']}.{columns}",
+                f"{record['summary']}{columns}",
             )
 
 

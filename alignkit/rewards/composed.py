@@ -106,7 +106,7 @@ class Gated(Composed):
     name: str = "gated"
     of: ClassVar[tuple[str, str]] = ("reward", "gate")
     card: ClassVar[Card] = Card(
-        family="composition",
+        family="combined",
         summary="the first reward, where the second passes",
         range="as the first reward's, or `below`",
         cost="both rewards",
@@ -151,7 +151,7 @@ class Hybrid(Composed):
     name: str = "hybrid"
     of: ClassVar[tuple[str, str]] = ("reward", "rule")
     card: ClassVar[Card] = Card(
-        family="composition",
+        family="combined",
         summary="a model's reward and a rule's agree that it is good",
         range="as the two rewards'",
         cost="both rewards",

@@ -21,7 +21,7 @@ from alignkit.rewards.base import Reward
 from alignkit.rewards.card import HasTiny, HasWeights
 from alignkit.rewards.functions import FunctionReward, as_reward
 from alignkit.rewards.table import TABLE
-from alignkit.rewards.weights import locate
+from alignkit.rewards.weights import present
 
 _FILE_MODULE = "alignkit_file_"
 
@@ -246,15 +246,28 @@ def _fresh(folder: Path, name: str) -> Path:
 
 
 def status() -> dict[str, str]:
-    """For every name of `TABLE`: "ready", or in a sentence why it cannot be used here. No weights are read."""
-    found: dict[str, str] = {}
-    for name in TABLE:
-        try:
-            reward = load(name)
-            for files in reward.files() if isinstance(reward, HasWeights) else ():
-                locate(files, download=False)
-        except AlignkitError as error:
-            found[name] = str(error)
-        else:
-            found[name] = "ready"
-    return found
+    """For every name of `TABLE`: "ready", or why it cannot be used here and now. No weights are read."""
+    return {name: unavailable(name) or "ready" for name in TABLE}
+
+
+def unavailable(spec: str | Callable[..., Any]) -> str:
+    """Why a reward cannot be used here and now; "" where it can. No weights are read."""
+    if isinstance(spec, str) and (required := _required(spec)):
+        return f"needs {', '.join(required)}"
+    try:
+        reward = load(spec)
+    except AlignkitError as error:
+        return str(error)
+    files = reward.files() if isinstance(reward, HasWeights) else ()
+    missing = dict.fromkeys(one.source for one in files if not present(one))
+    fetch = split_options(spec)[0] if isinstance(spec, str) else "RECIPE"
+    return f"not here: {', '.join(missing)}; `alignkit fetch {fetch}`" if missing else ""
+
+
+def _required(spec: str) -> list[str]:
+    """Options without a default that a class of the table was not given."""
+    place, options = split_options(spec)
+    if place not in TABLE:
+        return []
+    parameters = inspect.signature(find(place)).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.name not in options]

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 
 from alignkit.data.prompts import load_prompts, split
 from alignkit.policy import Policy
-from alignkit.rewards import status
+from alignkit.rewards.loading import unavailable
 from alignkit.training.recipe import Recipe, RewardSpec
 from alignkit.training.recipe_files import resolved
 from alignkit.training.runtime import Runtime
@@ -17,10 +17,10 @@ from alignkit.types import Prompt
 
 def available(judges: Sequence[RewardSpec], say: Callable[[str], None]) -> list[RewardSpec]:
     """The judges that can load here; one that cannot is left out with a sentence, since nothing is trained on it."""
-    known, found = status(), []
+    found = []
     for judge in judges:
-        if isinstance(judge, str) and known.get(judge, "ready") != "ready":
-            say(f"judge {judge!r} is left out: {known[judge]}")
+        if isinstance(judge, str) and (reason := unavailable(judge)):
+            say(f"judge {judge!r} is left out: {reason}")
         else:
             found.append(judge)
     return found
