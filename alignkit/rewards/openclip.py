@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +15,14 @@ from alignkit.rewards.card import Card
 from alignkit.rewards.dual_encoder import DualEncoder
 from alignkit.rewards.fit import fit
 from alignkit.rewards.random_weights import random_network
+from alignkit.rewards.tensor_files import named, refuse_code
 from alignkit.rewards.weights import DTYPES, Files, frozen, locate
 
 CONFIG = "open_clip_config.json"
 CHECKPOINT = "open_clip_model.safetensors|open_clip_pytorch_model.safetensors|open_clip_pytorch_model.bin"
 # `a|b` is satisfied by either and downloads both: the tokenizer's files are there only for some models.
 CONFIG_AND_TOKENIZER = f"{CONFIG}|tokenizer*|special_tokens_map.json|vocab.*|merges.txt|spiece.model|sentencepiece*"
+LOCAL = "local-dir:"
 RESIZE_MODES = ("shortest", "longest", "squash")
 
 
@@ -83,6 +84,7 @@ def open_clip_model(
     import open_clip
 
     file = None if checkpoint is None else str(checkpoint)
+    refuse_code(checkpoint or named(Path(name.removeprefix(LOCAL)), CHECKPOINT))
     try:
         return open_clip.create_model(
             name,
@@ -91,11 +93,6 @@ def open_clip_model(
             require_pretrained=True,
             **(config or {}),
         )
-    except UnpicklingError as error:
-        raise RewardError(
-            f"weights {file or name} hold more than tensors, and a file that runs code is not read; save "
-            "`model.state_dict()` as safetensors"
-        ) from error
     except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:  # what its loading code raises
         reason = " ".join(str(error).split())
         raise RewardError(f"weights {file or name} do not load into open_clip's {name}: {reason}") from error
@@ -142,7 +139,7 @@ class OpenCLIP(DualEncoder):
 
     @property
     def _source(self) -> str:
-        return self.model.removeprefix("hf-hub:").removeprefix("local-dir:")
+        return self.model.removeprefix("hf-hub:").removeprefix(LOCAL)
 
     @property
     def _is_architecture(self) -> bool:
@@ -187,7 +184,7 @@ class OpenCLIP(DualEncoder):
         (files,) = self.files()
         found = locate(files)
         if CONFIG in files.patterns:
-            name, checkpoint, preprocessing = f"local-dir:{found}", None, {}
+            name, checkpoint, preprocessing = f"{LOCAL}{found}", None, {}
         else:
             name, tag = self._source, self._tag() or {}
             checkpoint = found / files.patterns[0] if files.patterns else found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 from pathlib import Path
-from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import torch
 
@@ -26,17 +26,31 @@ def read_tensors(place: Path, pattern: str) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return load_file(file)
-    try:
-        read = torch.load(file, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise RewardError(
-            f"{file} holds more than tensors, and a file that runs code is not read; save `model.state_dict()` as "
-            "safetensors and give that file"
-        ) from error
+    refuse_code(file)
+    read = torch.load(file, map_location="cpu", weights_only=True)
     state = read.get("state_dict", read) if isinstance(read, dict) else read
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise RewardError(f"{file} holds {type(read).__name__}, expected tensors by name (`model.state_dict()`)")
     return dict(state)
+
+
+def refuse_code(file: Path) -> None:
+    """Raises RewardError naming what a file of `torch.save` would have to import, where that is more than tensors.
+
+    Nothing of the file is run, here or by `weights_only=True`; this says why and what to do. Files in the format of
+    before torch 1.6 are left to `weights_only=True`.
+    """
+    if file.suffix == ".safetensors" or not is_zipfile(file):
+        return
+    try:
+        needed = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except ValueError:  # its way to say that this is a program for torch.jit
+        needed = ["TorchScript"]
+    if needed:
+        raise RewardError(
+            f"{file} holds more than tensors ({', '.join(needed[:3])}), and a file that runs code is not read; save "
+            "`model.state_dict()` as safetensors and give that file"
+        )
 
 
 def named(folder: Path, pattern: str) -> Path:

@@ -81,6 +81,12 @@ def test_a_file_of_something_else_is_refused(options: dict[str, Any], tmp_path: 
         Aesthetic(weights=str(tmp_path / "head.pth"), clip=options["clip"]).prepare()
 
 
+def test_half_precision_weights_give_float32_scores_near_the_exact_ones(options: dict[str, Any]) -> None:
+    exact, half = (Aesthetic(**options, dtype=dtype)(pictures(), PROMPTS) for dtype in ("float32", "bfloat16"))
+    assert half.dtype == torch.float32 and not torch.equal(exact, half)
+    torch.testing.assert_close(exact, half, atol=0.02, rtol=0)
+
+
 def test_missing_weights_name_the_hub_id_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MissingWeights, match="trl-lib/ddpo-aesthetic-predictor.*`alignkit fetch NAME`"):

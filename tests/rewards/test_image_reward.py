@@ -181,6 +181,12 @@ def test_the_gradient_of_the_score_is_its_slope_and_the_edges_of_a_wide_picture_
     torch.testing.assert_close(slope, 2 * (gradient * step).sum()[None], rtol=0.02, atol=0)
 
 
+def test_half_precision_weights_give_float32_scores_near_the_exact_ones(options: dict[str, Any]) -> None:
+    exact, half = (ImageReward(**options, dtype=dtype)(pictures(), PROMPTS) for dtype in ("float32", "bfloat16"))
+    assert half.dtype == torch.float32 and not torch.equal(exact, half)
+    torch.testing.assert_close(exact, half, atol=0.05, rtol=0)
+
+
 def test_missing_weights_name_the_hub_id_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MissingWeights, match="THUDM/ImageReward .ImageReward.pt.*`alignkit fetch NAME`"):

@@ -184,6 +184,12 @@ def test_the_authors_pickled_object_is_not_read(options: dict[str, Any], tmp_pat
         MPS(weights=str(tmp_path / "MPS_overall_checkpoint.pth"), clip=options["clip"]).prepare()
 
 
+def test_half_precision_weights_give_float32_scores_near_the_exact_ones(options: dict[str, Any]) -> None:
+    exact, half = (MPS(**options, dtype=dtype)(pictures(), PROMPTS) for dtype in ("float32", "bfloat16"))
+    assert half.dtype == torch.float32 and not torch.equal(exact, half)
+    torch.testing.assert_close(exact, half, atol=5, rtol=0)
+
+
 def test_missing_weights_name_the_hub_id_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(MissingWeights, match="RE-N-Y/mpsv1.*`alignkit fetch NAME`"):

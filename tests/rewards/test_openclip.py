@@ -206,6 +206,13 @@ def test_a_checkpoint_with_a_missing_tensor_is_refused_by_name(tmp_path: Path) -
         OpenCLIP(**options).prepare()
 
 
+def test_half_precision_weights_give_float32_scores_near_the_exact_ones(folder: Path) -> None:
+    options = {"weights": str(folder), "architecture": str(folder)}
+    exact, half = (HPSv2(**options, dtype=dtype)(pictures(), PROMPTS) for dtype in ("float32", "bfloat16"))
+    assert half.dtype == torch.float32 and not torch.equal(exact, half)
+    torch.testing.assert_close(exact, half, atol=0.03, rtol=0)
+
+
 class Code:
     """Something that a file of tensors must not hold."""
 
@@ -213,5 +220,8 @@ class Code:
 def test_a_file_that_would_run_code_is_not_read(tmp_path: Path) -> None:
     options = HPSv2.tiny(tmp_path)
     torch.save({"state_dict": Code()}, tmp_path / "HPS_v2_compressed.pt")
-    with pytest.raises(RewardError, match="a file that runs code is not read"):
+    with pytest.raises(RewardError, match=r"more than tensors .*Code.*a file that runs code is not read"):
+        HPSv2(**options).prepare()
+    torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "HPS_v2_compressed.pt")
+    with pytest.raises(RewardError, match=r"more than tensors .TorchScript."):
         HPSv2(**options).prepare()
