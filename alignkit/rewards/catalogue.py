@@ -49,7 +49,7 @@ def rows() -> Iterator[tuple[str, ...]]:
                 f"`{name}`",
                 record["kind"],
                 record["range"],
-                {True: "yes", False: ""}.get(record["differentiable"], record["differentiable"]),
+                str({True: "yes", False: ""}.get(record["differentiable"], record["differentiable"])),
                 f"`{record['weights']}`" if record["weights"] else "",
                 record["licence"],
                 record["cost"],

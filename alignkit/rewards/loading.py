@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from rapidfuzz import process
 
-from alignkit.errors import AlignkitError, RecipeError
+from alignkit.errors import RecipeError, RewardError
 from alignkit.rewards.base import Reward
 from alignkit.rewards.card import HasTiny, HasWeights
 from alignkit.rewards.functions import FunctionReward, as_reward
@@ -247,16 +247,19 @@ def _fresh(folder: Path, name: str) -> Path:
 
 def status() -> dict[str, str]:
     """For every name of `TABLE`: "ready", or why it cannot be used here and now. No weights are read."""
-    return {name: unavailable(name) or "ready" for name in TABLE}
+    required = {name: _required(name) for name in TABLE}
+    return {n: f"needs {', '.join(r)}" if r else unavailable(n) or "ready" for n, r in required.items()}
 
 
 def unavailable(spec: str | Callable[..., Any]) -> str:
-    """Why a reward cannot be used here and now; "" where it can. No weights are read."""
-    if isinstance(spec, str) and (required := _required(spec)):
-        return f"needs {', '.join(required)}"
+    """Why a reward cannot be used on this machine now; "" where it can. No weights are read.
+
+    Raises:
+        RecipeError: it is none, or its options are wrong.
+    """
     try:
         reward = load(spec)
-    except AlignkitError as error:
+    except RewardError as error:  # a program that is not installed
         return str(error)
     files = reward.files() if isinstance(reward, HasWeights) else ()
     missing = dict.fromkeys(one.source for one in files if not present(one))
@@ -264,10 +267,6 @@ def unavailable(spec: str | Callable[..., Any]) -> str:
     return f"not here: {', '.join(missing)}; `alignkit fetch {fetch}`" if missing else ""
 
 
-def _required(spec: str) -> list[str]:
-    """Options without a default that a class of the table was not given."""
-    place, options = split_options(spec)
-    if place not in TABLE:
-        return []
-    parameters = inspect.signature(find(place)).parameters.values()
-    return [p.name for p in parameters if p.default is p.empty and p.name not in options]
+def _required(name: str) -> list[str]:
+    """Options without a default."""
+    return [p.name for p in inspect.signature(find(name)).parameters.values() if p.default is p.empty]
