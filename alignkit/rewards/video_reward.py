@@ -124,9 +124,21 @@ class VideoReward:
         return Files(self.weights, (CONFIG, FILE)), Files(self.base, BASE_PATTERNS)
 
     @cached_property
+    def folder(self) -> Path:
+        """Where the reward's weights and settings are.
+
+        Raises:
+            RecipeError: `weights` names a file.
+        """
+        found = locate(self.files()[0])
+        if found.is_file():
+            raise RecipeError(f"weights={self.weights!r} is a file; expected the folder that holds {CONFIG} beside it")
+        return found
+
+    @cached_property
     def settings(self) -> Mapping[str, Any]:
         """The published `model_config.json`."""
-        return json.loads((locate(self.files()[0]) / CONFIG).read_text(encoding="utf-8"))
+        return json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
 
     @cached_property
     def normalisation(self) -> Mapping[str, float]:
@@ -151,8 +163,8 @@ class VideoReward:
     @cached_property
     def reader(self) -> VisionLanguage:
         """The network; read at its first use."""
-        weights, base = (locate(files) for files in self.files())
-        state = merge_lora(load_state(newest_checkpoint(weights)), lora_scale(self.settings))
+        state = merge_lora(load_state(newest_checkpoint(self.folder)), lora_scale(self.settings))
+        base = locate(self.files()[1])
         options = {"batch_size": self.batch_size, "checkpointing": self.checkpointing, "fps": self.fps}
         size = {"shortest_edge": min(LEAST_PIXELS, self.max_frame_pixels), "longest_edge": self.max_frame_pixels}
         return load_token_reward(current_names(state), base, build_head, TOKENS, self.dtype, video_size=size, **options)

@@ -196,6 +196,15 @@ def test_signs_in_a_video_are_read_and_the_engine_and_its_version_are_recorded(e
     assert record["options"]["every"] == 4 and record["options"]["average"] == "positive"
 
 
+def test_a_drawn_picture_full_of_words_wins_with_the_published_formula_and_not_with_ours() -> None:
+    spam = sign("SUN TEA CAT MAP KEY", width=256).unsqueeze(0)
+    scores = {
+        formula: evaluate(OCR(formula=formula), spam, [prompt_text("CAT")]).scores.item()
+        for formula in ("flow_grpo", "edit")
+    }
+    assert scores["flow_grpo"] == 1.0 and scores["edit"] < 0.25
+
+
 @needs_tesseract
 def test_a_language_that_tesseract_has_not_is_refused_and_those_it_has_are_named() -> None:
     with pytest.raises(RewardError, match=r"tesseract has not xx, only .*eng.*apt-get install tesseract-ocr-xx"):

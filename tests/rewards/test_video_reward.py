@@ -213,6 +213,8 @@ def test_the_newest_checkpoint_is_read_and_an_adapter_alone_is_refused(tmp_path:
     assert newest_checkpoint(tmp_path).parent.name == "checkpoint-1000"
     with pytest.raises(MissingWeights, match="save_full_model=True"):
         newest_checkpoint(tmp_path / "checkpoint-9")
+    with pytest.raises(RecipeError, match=r"is a file; expected the folder that holds model_config.json"):
+        VideoReward(weights=str(tmp_path / "checkpoint-9" / "model.pth")).prepare()
 
 
 @pytest.mark.parametrize(("stabilised", "expected"), [(False, 2.0), (True, 16.0)])
