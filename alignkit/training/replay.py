@@ -83,7 +83,8 @@ class Replay:
         found: dict[str, torch.Tensor] = {}
         for number, kept in enumerate(self.buffer.kept):
             rolled = kept.item.rollouts
-            own = {"advantages": kept.item.advantages, "x0": rolled.x0, "sigmas": rolled.sigmas}
+            # safetensors refuses tensors that share memory, and the groups of a round share their grid
+            own = {"advantages": kept.item.advantages, "x0": rolled.x0, "sigmas": rolled.sigmas.clone()}
             for place, record in enumerate(rolled.steps):
                 own |= {f"{place}/{name}": getattr(record, name) for name in TENSORS}
                 own |= {} if record.mask is None else {f"{place}/mask": record.mask}
