@@ -47,7 +47,7 @@ def _resize(media: torch.Tensor, size: tuple[int, int], interpolation: str) -> t
 
 
 def _scaled(height: int, width: int, ratio: float) -> tuple[int, int]:
-    return round(height / ratio), round(width / ratio)
+    return max(1, round(height / ratio)), max(1, round(width / ratio))
 
 
 def _shortest(height: int, width: int, size: tuple[int, int], ratio: float) -> tuple[int, int]:

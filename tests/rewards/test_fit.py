@@ -45,6 +45,10 @@ def test_pictures_of_the_right_size_are_left_alone() -> None:
         assert torch.equal(fit(media, (24, 64), mode), media)
 
 
+def test_a_strip_keeps_at_least_one_row() -> None:
+    assert fit(torch.ones(1, 3, 2, 400), (16, 16), "longest").sum() == 3 * 16
+
+
 def test_gradients_reach_every_pixel_that_is_shown() -> None:
     media = torch.rand(1, 3, 12, 40, requires_grad=True)
     fit(media, (16, 16), "longest").square().sum().backward()
