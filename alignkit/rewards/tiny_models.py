@@ -142,7 +142,7 @@ def write_qwen_vl(folder: Path, family: str = "qwen2_5_vl", special: Sequence[st
     processor.save_pretrained(folder)
 
 
-def write_qwen_vl_that_says(folder: Path, stages: Sequence[Sequence[str]], seed: int = 1) -> None:
+def write_qwen_vl_that_says(folder: Path, stages: Sequence[Sequence[str]], seed: int = 0) -> None:
     """A tiny Qwen2.5-VL whose reply is one text of each stage in turn; which one depends on the picture.
 
     Every text is one token. The last dimensions of the hidden state are kept for the stage: layers do not write to

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -82,6 +82,7 @@ class UnifiedReward(Judge):
     marks: str = "final"
     shares: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
     max_tokens: int = 512
+    differentiable: bool = field(default=False, init=False)
     card: ClassVar[Card] = Card(
         family="judge",
         summary="UnifiedReward gives the picture a good mark for its prompt",
@@ -112,7 +113,8 @@ class UnifiedReward(Judge):
     def tiny(cls, folder: Path) -> dict[str, Any]:
         """A random Qwen2.5-VL that writes all four marks, which ones depending on the picture."""
         marks = range(LOWEST, HIGHEST + 1)
-        write_qwen_vl_that_says(folder, [[f"{m} {n}\n" for n in marks] for m in (*ASPECTS.values(), *FINAL.values())])
+        lines = [[f"{marker} {mark}\n" for mark in marks] for marker in (*ASPECTS.values(), *FINAL.values())]
+        write_qwen_vl_that_says(folder, lines, seed=2)  # a seed with which pictures differ in their marks
         return {"weights": str(folder), "max_tokens": 8}
 
     @property
@@ -163,6 +165,7 @@ class UnifiedRewardPair(PairJudge):
     max_pixels: int | None = PIXELS
     read: str = "text"
     max_tokens: int = 1024
+    differentiable: bool = field(default=False, init=False)
     card: ClassVar[Card] = Card(
         family="judge",
         summary="UnifiedReward prefers the picture to the prompt's reference image, asked in both orders",
@@ -186,7 +189,7 @@ class UnifiedRewardPair(PairJudge):
     @classmethod
     def tiny(cls, folder: Path) -> dict[str, Any]:
         """A random Qwen2.5-VL that writes one of the three sentences, which one depending on the pictures."""
-        write_qwen_vl_that_says(folder, [VERDICTS])
+        write_qwen_vl_that_says(folder, [VERDICTS], seed=1)
         return {"weights": str(folder), "max_tokens": 4}
 
     def verdict(self, reply: str) -> float:
