@@ -56,6 +56,7 @@ class Round:
         rows_per_sample: denoiser rows of one sample at one step, 2 with classifier-free guidance.
         rows: denoiser rows of sampling, of training (forward and backward), of the reference (KL), and their sum.
         micro_batch: samples per backward.
+        rows_per_new_prompt: denoiser rows when a prompt is first drawn, where rewards are compared with the base's.
     """
 
     prompts: int
@@ -66,6 +67,7 @@ class Round:
     rows_per_sample: int
     rows: Mapping[str, int]
     micro_batch: int
+    rows_per_new_prompt: int = 0
 
 
 def plan(recipe: AnyRecipe) -> dict[str, Any]:
@@ -198,7 +200,10 @@ def round_of(recipe: GRPO, found: Blueprint, call: Mapping[str, Any]) -> Round:
     }
     micro = min(recipe.micro_batch or samples, samples // recipe.updates)
     totals = {**rows, "total": sum(rows.values())}
-    return Round(recipe.prompts_per_step, samples, recipe.updates, recipe.num_steps, stochastic, each, totals, micro)
+    base = recipe.transform_samples * each * recipe.num_steps if recipe.transform == "log_sigmoid" else 0
+    return Round(
+        recipe.prompts_per_step, samples, recipe.updates, recipe.num_steps, stochastic, each, totals, micro, base
+    )
 
 
 def memory(
@@ -214,7 +219,9 @@ def memory(
     adapters = 0 if full else trained.parameters * FP32
     # full fine-tuning: the reference is a copy, and trained weights have the dtype they were loaded in
     each = width if full else FP32
-    kept = rounds.samples * (3 * len(rounds.stochastic) + 1)
+    per_sample = 3 * len(rounds.stochastic) + 1
+    kept = rounds.samples * per_sample
+    replayed = recipe.replay * recipe.group_size * per_sample if isinstance(recipe, GRPO) else 0
     return {
         "weights": sum(found.parameters().values()) * width,
         "reference": trained.parameters * width if full else 0,
@@ -223,6 +230,7 @@ def memory(
         "gradients": trained.parameters * each,
         "optimizer": 2 * trained.parameters * each,
         "stored_latents": None if numel is None else kept * numel * FP32,
+        "replay": 0 if not replayed else None if numel is None else replayed * numel * FP32,
         "activations": None,
     }
 
@@ -281,6 +289,8 @@ def lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     rows = rounds["rows"]
     parts = ", ".join(f"{n} {rows[n]:,}" for n in ("sampling", "training", "reference"))
     yield "denoiser rows", f"{rows['total']:,} per round ({parts}); {rows['total'] * record['rounds']:,} in all"
+    if rounds["rows_per_new_prompt"]:
+        yield "  base rewards", f"{rounds['rows_per_new_prompt']:,} more when a prompt is first drawn"
     for name, size in record["memory_bytes"].items():
         if size != 0:
             yield f"memory: {name.replace('_', ' ')}", _size(size)

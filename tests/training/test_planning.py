@@ -117,6 +117,15 @@ def test_denoiser_rows_count_sampling_training_and_the_reference(place: Path) ->
     assert window["rows"]["training"] == 6 * 2 and len(window["stochastic"]) == 2
 
 
+def test_comparing_with_the_base_and_keeping_groups_are_in_the_plan(place: Path) -> None:
+    record = planning.plan(recipe(place, transform="log_sigmoid", transform_samples=5, replay=7))
+    assert record["round"]["rows_per_new_prompt"] == 5 * 4
+    assert record["memory_bytes"]["replay"] * 6 == record["memory_bytes"]["stored_latents"] * 7 * 3
+    assert ("  base rewards", "20 more when a prompt is first drawn") in planning.lines(record)
+    without = planning.plan(recipe(place))
+    assert without["round"]["rows_per_new_prompt"] == without["memory_bytes"]["replay"] == 0
+
+
 def test_full_fine_tuning_costs_a_copy_of_the_denoiser(place: Path) -> None:
     record = planning.plan(recipe(place, train=Full()))
     own = record["parameters"]["transformer"]
