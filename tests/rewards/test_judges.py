@@ -271,6 +271,27 @@ def test_both_orders_cancel_the_liking_for_a_place_and_sum_to_one(weights: str) 
     assert (p + q - 1).abs().max() > 1e-3, "this judge has no liking for a place, so nothing was cancelled"
 
 
+def test_one_order_is_off_by_the_judges_bias_and_two_orders_are_not() -> None:
+    class Biased:
+        """Right up to 0.1 for whatever is shown first."""
+
+        name, kind = "biased", "image"
+
+        def compare(self, first: torch.Tensor, second: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+            return true_win(first, second) + 0.1
+
+    def true_win(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(20 * (first.mean((1, 2, 3)) - second.mean((1, 2, 3))))
+
+    media = pictures(8)
+    rows, columns = torch.triu_indices(8, 8, 1)
+    a, b = media[rows], media[columns]
+    asked = [Prompt("a")] * len(rows)
+    single = Biased().compare(a, b, asked) - true_win(a, b)
+    torch.testing.assert_close(single.mean(), torch.tensor(0.1))
+    torch.testing.assert_close(both_orders(Biased(), a, b, asked), true_win(a, b))
+
+
 def test_as_a_reward_a_pair_judge_asks_both_orders_about_the_reference(weights: str) -> None:
     judge, media, asked = PairJudge(weights=weights), pictures(1), prompts(1)
     reference = asked[0].columns["reference"].unsqueeze(0)

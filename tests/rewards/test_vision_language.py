@@ -174,7 +174,7 @@ def test_the_model_sees_what_its_processor_makes_of_the_same_picture_from_a_file
     picture = (smooth * 255).round() / 255
     ours = judge().inputs([Chat((picture, "?"))])["pixel_values"]
     theirs = judge().processor.image_processor(images=[to_pil_image(picture)], return_tensors="pt")["pixel_values"]
-    # A picture of a file is rounded to 256 steps after each direction of resizing; a step is 1 / 255 / 0.26 once normalised.
+    # A file is rounded to 256 steps after each direction of resizing; a step is 1 / 255 / 0.26 once normalised.
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1.5 / 255 / 0.26)
 
 
@@ -322,3 +322,14 @@ def test_the_mass_of_an_answer_is_the_sum_over_its_tokens() -> None:
     p = logits.softmax(1)
     expected = torch.stack([p[:, 0] + p[:, 3], p[:, 5]], 1)
     torch.testing.assert_close(log_mass(logits, [[0, 3], [5]]).exp(), expected)
+
+
+def test_in_bfloat16_the_answer_is_float32_and_close(tmp_path: Path) -> None:
+    write_qwen_vl(tmp_path)
+    half = VisionLanguage.load(tmp_path, dtype="bfloat16")
+    assert half.model.dtype == torch.bfloat16
+    media = pictures().requires_grad_()
+    answers = half.yes_probability(media, QUESTIONS)
+    assert answers.dtype == torch.float32
+    torch.testing.assert_close(answers, judge().yes_probability(media, QUESTIONS), rtol=0, atol=0.05)
+    assert torch.autograd.grad(answers.sum(), media)[0].abs().max() > 1e-4
