@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from alignkit.errors import RewardError
 from alignkit.rewards import weights as on_disk
+from alignkit.rewards.random_weights import random_network
 from alignkit.rewards.weights import Files
 
 
@@ -160,12 +161,8 @@ def tiny_dinov2(folder: Path) -> Path:
     """Random weights of a tiny Dinov2 and its image processor's configuration, in the published layout."""
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Dinov2Model(
-            Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
-        )
-    model.save_pretrained(folder)
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
+    random_network(lambda: Dinov2Model(config)).save_pretrained(folder)
     BitImageProcessor(
         size={"shortest_edge": 64},
         crop_size={"height": 56, "width": 56},
