@@ -72,7 +72,17 @@ def test_frames_are_chosen_at_regular_places() -> None:
 
 @pytest.mark.parametrize(
     ("num_frames", "media_fps", "expected"),
-    [(17, 24.0, 4), (81, 16.0, 10), (48, 24.0, 4), (49, 8.0, 12), (5, 8.0, 4), (3, 8.0, 2), (2, 8.0, 2), (1, 8.0, 1)],
+    [
+        (17, 24.0, 4),
+        (41, 16.0, 6),
+        (81, 16.0, 10),
+        (48, 24.0, 4),
+        (49, 8.0, 12),
+        (5, 8.0, 4),
+        (3, 8.0, 2),
+        (2, 8.0, 2),
+        (1, 8.0, 1),
+    ],
 )
 def test_the_number_of_frames_at_a_rate_is_even_and_at_least_four_where_there_are_four(
     num_frames: int, media_fps: float, expected: int
