@@ -8,7 +8,8 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange, reduce
@@ -25,7 +26,7 @@ from alignkit.rewards.base import (
     as_prompts,
     evaluate,
 )
-from alignkit.rewards.card import HasWeights
+from alignkit.rewards.card import Card, HasWeights
 from alignkit.rewards.deadline import StillRunning, within
 from alignkit.rewards.loading import describe, load
 from alignkit.rewards.threads import draws_nothing
@@ -288,20 +289,40 @@ def in_micro_batches(
     )
 
 
+@dataclass(frozen=True, eq=False)
 class PerFrameMean:
-    """An image reward as a video reward: its mean over the frames to which it applies."""
+    """An image reward as a video reward: its mean over the frames to which it applies.
+
+    Attributes:
+        reward: spec or callable of a reward of single images.
+        name: "" makes it the image reward's name and `_per_frame`.
+    """
+
+    reward: Any
+    name: str = ""
 
     kind = "video"
+    card: ClassVar[Card] = Card(
+        family="video",
+        summary="the frames score high with an image reward; it says nothing of motion",
+        range="that of the image reward",
+        cost="that of the image reward, once per frame",
+    )
 
-    def __init__(self, reward: Spec) -> None:
-        self.reward = load(reward)
-        if self.reward.kind != "image" or isinstance(self.reward, ScoresGroups):
+    def __post_init__(self) -> None:
+        loaded = load(self.reward)
+        if loaded.kind != "image" or isinstance(loaded, ScoresGroups):
             raise RecipeError(
-                f"PerFrameMean needs a reward of single images; {self.reward.name!r} scores "
-                + ("groups" if self.reward.kind == "image" else f"{self.reward.kind} media")
+                f"PerFrameMean needs a reward of single images; {loaded.name!r} scores "
+                + ("groups" if loaded.kind == "image" else f"{loaded.kind} media")
             )
-        self.name = f"{self.reward.name}_per_frame"
-        self.differentiable = self.reward.differentiable
+        object.__setattr__(self, "reward", loaded)
+        object.__setattr__(self, "name", self.name or f"{loaded.name}_per_frame")
+
+    @property
+    def differentiable(self) -> bool:
+        """As the image reward."""
+        return self.reward.differentiable
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """As the image reward's."""
@@ -318,7 +339,7 @@ class PerFrameMean:
     def bind(self, policy: Any) -> PerFrameMean:
         """The mean of the bound image reward."""
         own = bound(self.reward, policy)
-        return self if own is self.reward else PerFrameMean(own)
+        return self if own is self.reward else PerFrameMean(own, self.name)
 
     def describe(self) -> dict[str, Any]:
         """What the frames are scored by."""

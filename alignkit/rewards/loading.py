@@ -227,7 +227,8 @@ def tiny(spec: Any, folder: Path) -> Any:
     if not (inspect.isclass(target) and dataclasses.is_dataclass(target)):
         return spec
     values = {f.name: options.get(f.name, f.default) for f in dataclasses.fields(target)}
-    nested = {n: v for n, v in values.items() if isinstance(v, str) and n != "name" and split_options(v)[0] in TABLE}
+    named = {n: v for n, v in values.items() if isinstance(v, str) and n != "name"}
+    nested = {n: v for n, v in named.items() if split_options(v)[0] in TABLE}
     changed = {name: str(tiny(value, folder)) for name, value in nested.items()}
     if issubclass(target, HasTiny) and _on_hub(load(spec)):
         changed |= target.tiny(_fresh(folder, target.__name__))

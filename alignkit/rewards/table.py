@@ -12,6 +12,9 @@ TABLE: dict[str, str] = {
     "social_reward": "alignkit.rewards.hps:SocialReward",
     "aesthetic": "alignkit.rewards.aesthetic:Aesthetic",
     "mps": "alignkit.rewards.mps:MPS",
+    "image_reward": "alignkit.rewards.image_reward:ImageReward",
+    "hpsv3": "alignkit.rewards.hpsv3:HPSv3",
+    "unified_reward": "alignkit.rewards.unified_reward:UnifiedReward",
     # features
     "dino_similarity": "alignkit.rewards.dino:DinoSimilarity",
     "dino_style": "alignkit.rewards.dino:DinoStyle",
@@ -22,12 +25,21 @@ TABLE: dict[str, str] = {
     "tesseract": "alignkit.rewards.tesseract:Tesseract",
     # composition of the picture
     # judges
+    "yes_probability": "alignkit.rewards.judges:YesProbability",
+    "yes_against_reference": "alignkit.rewards.judges:YesAgainstReference",
+    "rating": "alignkit.rewards.ratings:Rating",
+    "checklist": "alignkit.rewards.checklist:Checklist",
+    "pair_judge": "alignkit.rewards.ratings:PairJudge",
+    "unified_reward_pair": "alignkit.rewards.unified_reward:UnifiedRewardPair",
+    "win_rate": "alignkit.rewards.win_rate:WinRate",
     # self
     "self_reward": "alignkit.rewards.understanding:SelfReward",
     "region_map": "alignkit.rewards.region_map:RegionMap",
     "solace": "alignkit.rewards.solace:Solace",
     # video
+    "video_reward": "alignkit.rewards.video_reward:VideoReward",
     "segmental": "alignkit.rewards.video:Segmental",
+    "per_frame_mean": "alignkit.rewards.combine:PerFrameMean",
     "frame_difference": "alignkit.rewards.video:FrameDifference",
     "flow_magnitude": "alignkit.rewards.video:FlowMagnitude",
     "motion_smoothness": "alignkit.rewards.video:MotionSmoothness",

@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from alignkit import shipped
 from alignkit.policy import Policy
 from alignkit.rewards import TABLE, MissingWeights, Reward, describe, evaluate, load, probe
-from alignkit.rewards.base import SHAPES, Binds, Prepares
+from alignkit.rewards.base import SHAPES, Binds, Prepares, ScoresGroups
 from alignkit.rewards.card import FAMILIES, HasCard, HasTiny, HasWeights
 from alignkit.rewards.catalogue import record_of
 from alignkit.rewards.loading import find
@@ -60,16 +60,28 @@ CASES: dict[str, Case] = {
     "social_reward": Case(-1, 1),
     "aesthetic": Case(-math.inf, math.inf),
     "mps": Case(-math.inf, math.inf),
+    "image_reward": Case(-math.inf, math.inf),
+    "hpsv3": Case(-math.inf, math.inf),
+    "unified_reward": Case(0, 1),
     "dino_similarity": Case(-1, 1, columns={"reference": REFERENCE}),
     "dino_style": Case(-1, 1, {"references": "shipped:assets/signs"}),
     "critic": Case(-math.inf, math.inf),
     "ocr": Case(0, 1),
     "ocr_video": Case(0, 1),
     "tesseract": Case(0, 1),
+    "yes_probability": Case(0, 1),
+    "yes_against_reference": Case(0, 1, columns={"reference": REFERENCE}),
+    "rating": Case(1, 5),
+    "checklist": Case(0, 1),
+    "pair_judge": Case(0, 1, columns={"reference": REFERENCE}),
+    "unified_reward_pair": Case(0, 1, columns={"reference": REFERENCE}),
+    "win_rate": Case(0, 1),
     "self_reward": Case(0, 1, bound=True),
     "region_map": Case(-1, 1, bound=True),
     "solace": Case(-math.inf, math.inf, {"call": {"height": 24, "width": 64}}, bound=True),
+    "video_reward": Case(-math.inf, math.inf),
     "segmental": Case(0, 1, {"reward": "brightness"}),
+    "per_frame_mean": Case(0, 1, {"reward": "brightness", "name": "per_frame_mean"}),
     "frame_difference": Case(0, 1),
     "flow_magnitude": Case(0, math.inf),
     "motion_smoothness": Case(-math.inf, 0),
@@ -118,6 +130,8 @@ def batch(reward: Reward) -> tuple[torch.Tensor, list[Prompt]]:
     texts = [prompt_text(WORDS[i], COLOURS[i]) for i in (0, 1, 3, 2)]
     columns = CASES[reward.name].columns
     prompts = [Prompt(text, id=i + 1, columns=columns) for i, text in enumerate(texts)]
+    if isinstance(reward, ScoresGroups):
+        prompts = [Prompt(texts[0], id=1, columns=columns)] * 4
     if reward.kind == "video":
         media = torch.stack([torch.stack([one.roll(t * i, -1) for t in range(4)]) for i, one in enumerate(media)])
     if reward.kind == "latent":
@@ -143,6 +157,8 @@ def test_scores_are_finite_float32_one_per_sample_and_in_the_documented_range(re
 
 
 def test_the_score_of_a_sample_does_not_depend_on_its_batch(reward: Reward) -> None:
+    if isinstance(reward, ScoresGroups):
+        pytest.skip("compares the samples of a group")
     media, prompts = batch(reward)
     together = evaluate(reward, media, prompts).scores
     alone = torch.cat([evaluate(reward, media[i : i + 1], prompts[i : i + 1]).scores for i in range(4)])
