@@ -5,6 +5,7 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 from alignkit.errors import RecipeError
 from alignkit.rewards.fit import fit
@@ -30,6 +31,13 @@ def test_preprocessing_on_tensors_is_what_open_clip_does_with_pictures(
     ours = preprocess(torch.from_numpy(image).permute(2, 0, 1)[None] / 255, config)
     assert ours.shape == (1, 3, *size)
     torch.testing.assert_close(ours[0], theirs, atol=0.035, rtol=0)  # 2 of 255 steps over the smallest std
+
+
+@pytest.mark.parametrize("shape", [(73, 50), (50, 73), (31, 33)])
+def test_squares_are_cut_out_as_torchvision_does(shape: tuple[int, int]) -> None:
+    media = torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(0))
+    resized = TF.resize(media, [32], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(fit(media, (32, 32)), TF.center_crop(resized, [32, 32]))
 
 
 def test_the_whole_picture_is_kept_in_longest_and_the_rest_is_filled() -> None:
