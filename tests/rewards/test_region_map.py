@@ -175,3 +175,21 @@ def test_a_judge_without_regions_and_an_unknown_mode_are_refused() -> None:
         RegionMap(judge="brightness")
     with pytest.raises(RecipeError, match="mode='max'"):
         RegionMap(judge=load("brightness"), mode="max")  # type: ignore[arg-type]
+
+
+def test_a_map_repairs_the_bad_halves_where_one_score_per_image_cannot() -> None:
+    """Claim of SRUM: every image is half right, so that all have the same global score. The minimiser of the weighted
+    flow-matching loss is, per pixel, the weighted mean of the images."""
+    images = torch.ones(2, 8, 8)
+    images[0, :, :4] = images[1, :, 4:] = -1
+    halves = torch.tensor([LEFT, RIGHT])
+    scores = torch.tensor([[-0.5, 1.0], [1.0, -0.5]])
+
+    def learnt(weights: torch.Tensor) -> torch.Tensor:
+        return (weights * images).sum(0) / weights.sum(0)
+
+    by_map = {m: torch.stack([region_map(halves, s, 1.0, 8, 8, m) for s in scores]) for m in ("released", "signed")}  # type: ignore[arg-type]
+    by_image = torch.stack([region_map(halves[:0], scores[0, :0], 0.25, 8, 8, "released")] * 2)
+    torch.testing.assert_close(learnt(by_image), torch.zeros(8, 8))
+    torch.testing.assert_close(learnt(by_map["released"]), torch.full((8, 8), (1 - 0.5) / (1 + 0.5)))
+    assert (learnt(by_map["signed"]) >= 1).all(), "what is repelled pushes beyond the good value"
