@@ -16,7 +16,7 @@ from alignkit.data.media import inside
 from alignkit.errors import DataError, RecipeError
 from alignkit.types import Prompt
 
-FILES = ("image", "images", "video", "mask")  # columns that hold paths
+FILES = ("image", "images", "video", "mask", "reference")  # columns that hold paths
 WHOLE_NUMBERS = {"seed": 0, "height": 1, "width": 1, "num_frames": 1}  # column: smallest value
 SHAPE = ("height", "width", "num_frames")
 
@@ -28,7 +28,7 @@ def load_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
 
     A prompt's `id` is the number of its line (`.txt`, `.jsonl`) or of its row below the header (`.csv`,
     parquet), counted from 1. Its `columns` are the row's other cells, without empty ones: `image`, `images`,
-    `video` and `mask` as absolute paths of files inside the prompt file's folder (images are decoded at use,
+    `video`, `mask` and `reference` as absolute paths of files inside the prompt file's folder (images are decoded at use,
     `media.load_images`), `seed`, `height`, `width`, `num_frames` as int, `boxes` as a list, the rest as it
     is.
 
@@ -109,14 +109,20 @@ def _whole_number(where: str, value: Any, smallest: int) -> int:
     return number
 
 
-def _boxes(where: str, value: Any) -> list[list[float]]:
+def _boxes(where: str, value: Any) -> list[Any]:
     boxes = _json(where, value) if isinstance(value, str) else value
-    right = isinstance(boxes, list) and all(
-        isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box) for box in boxes
-    )
-    if not right:
-        raise DataError(f"{where} holds {value!r}; expected a list of boxes [left, top, right, bottom]")
+    if not isinstance(boxes, list) or not all(map(_is_box, boxes)):
+        raise DataError(
+            f"{where} holds {value!r}; expected a list of boxes [left, top, right, bottom], or of "
+            '{"label": ..., "box": [left, top, right, bottom]}'
+        )
     return boxes
+
+
+def _is_box(box: Any) -> bool:
+    if isinstance(box, dict):
+        return set(box) == {"label", "box"} and _is_box(box["box"])
+    return isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) for x in box)
 
 
 def _json(where: str, text: str) -> Any:

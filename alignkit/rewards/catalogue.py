@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from alignkit.rewards.card import FAMILIES, Card
-from alignkit.rewards.loading import find
+from alignkit.rewards.card import FAMILIES, Card, HasWeights
+from alignkit.rewards.loading import find, load
 from alignkit.rewards.table import TABLE
 
 HEADER = ("reward", "scores", "range", "gradient", "default weights", "their licence", "cost", "a high score means")
@@ -23,7 +23,7 @@ def record_of(name: str) -> dict[str, Any]:
         "columns": list(card.columns),
         "kind": _declared(cls, "kind"),
         "differentiable": _declared(cls, "differentiable"),
-        "weights": _defaults(cls).get("weights"),
+        "weights": _weights(name, cls),
     }
 
 
@@ -33,8 +33,15 @@ def _declared(cls: type, name: str) -> Any:
     return "its parts'" if isinstance(value, property) else value
 
 
-def _defaults(cls: type) -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+def _weights(name: str, cls: type) -> list[str]:
+    """Hub ids that the default options read."""
+    if not issubclass(cls, HasWeights):
+        return []
+    empty = inspect.Parameter.empty
+    if any(parameter.default is empty for parameter in inspect.signature(cls).parameters.values()):
+        return [str(f.default) for f in dataclasses.fields(cls) if f.name == "weights"]  # type: ignore[arg-type]
+    reward = load(name)
+    return list(dict.fromkeys(one.source for one in reward.files())) if isinstance(reward, HasWeights) else []
 
 
 def rows() -> Iterator[tuple[str, ...]]:
@@ -50,7 +57,7 @@ def rows() -> Iterator[tuple[str, ...]]:
                 record["kind"],
                 record["range"],
                 str({True: "yes", False: ""}.get(record["differentiable"], record["differentiable"])),
-                f"`{record['weights']}`" if record["weights"] else "",
+                ", ".join(f"`{source}`" for source in record["weights"]),
                 record["licence"],
                 record["cost"],
                 f"{record['summary']}{columns}",

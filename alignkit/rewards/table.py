@@ -24,6 +24,8 @@ TABLE: dict[str, str] = {
     "ocr_video": "alignkit.rewards.ocr:OCRVideo",
     "tesseract": "alignkit.rewards.tesseract:Tesseract",
     # composition of the picture
+    "geneval": "alignkit.rewards.composition:GenEval",
+    "box_iou": "alignkit.rewards.layout:BoxIoU",
     # judges
     "yes_probability": "alignkit.rewards.judges:YesProbability",
     "yes_against_reference": "alignkit.rewards.judges:YesAgainstReference",

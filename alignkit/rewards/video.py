@@ -67,6 +67,7 @@ class Segmental:
         family="video",
         summary="one frame of each segment scores high with an image reward, the centre most",
         range="that of the image reward",
+        licence="that of the image reward",
         cost="that of the image reward, once per segment",
         source="InstructVideo, 2312.12490",
     )

@@ -17,8 +17,8 @@ from alignkit.errors import RecipeError
 from alignkit.objectives.win_rates import verdict_statistics, win_rates
 from alignkit.rewards.base import BrokenContract, Evaluation, Pairwise, evaluate
 from alignkit.rewards.card import Card, HasTiny
-from alignkit.rewards.combine import bound, check, files_of, prepare
 from alignkit.rewards.loading import find, made, split_options, with_options
+from alignkit.rewards.parts import bound, check, files_of, prepare
 from alignkit.rewards.weights import Files
 from alignkit.types import Prompt
 
@@ -43,6 +43,7 @@ class WinRate:
         family="judge",
         summary="wins against the other samples of the same prompt",
         range="[0, 1], mean 0.5 in every group",
+        licence="that of the judge",
         cost="G (G - 1) questions to the judge per group",
         source="Pref-GRPO 2508.20751",
     )

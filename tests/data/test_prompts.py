@@ -81,6 +81,16 @@ def test_every_table_gives_the_same_prompts(suffix: str, tmp_path: Path, picture
     assert dict(two.columns) == {"images": [picture, picture]}
 
 
+def test_boxes_may_name_what_is_in_them_and_references_are_files_of_the_folder(tmp_path: Path, picture: Path) -> None:
+    boxes = [{"label": "cup", "box": [0, 0, 0.5, 1]}]
+    row = {"prompt": "a cup", "boxes": boxes, "reference": "pictures/one.png"}
+    (prompt,) = load_prompts(written(tmp_path, "p.jsonl", json.dumps(row)))
+    assert dict(prompt.columns) == {"boxes": boxes, "reference": picture}
+    outside = {**row, "reference": "../one.png"}
+    with pytest.raises(DataError, match="reference"):
+        load_prompts(written(tmp_path, "q.jsonl", json.dumps(outside)))
+
+
 def test_a_limit_reads_only_the_first_prompts(tmp_path: Path) -> None:
     path = written(tmp_path, "p.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\nno json')
     assert load_prompts(path, limit=2) == ["a", "b"]

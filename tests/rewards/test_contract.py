@@ -51,6 +51,8 @@ class Case:
 
 
 REFERENCE = sign("CAFE", "red")
+INCLUDE = [{"class": "dog", "count": 6}]
+BOXES = [{"label": "person", "box": [0.0, 0.0, 0.5, 1.0]}, {"label": "dog", "box": [0.5, 0.0, 1.0, 1.0]}]
 CASES: dict[str, Case] = {
     "clip_score": Case(-100 / 30, 100 / 30),
     "open_clip": Case(-1, 1),
@@ -69,6 +71,8 @@ CASES: dict[str, Case] = {
     "ocr": Case(0, 1),
     "ocr_video": Case(0, 1),
     "tesseract": Case(0, 1),
+    "geneval": Case(0, 1, {"mode": "dense"}, {"include": INCLUDE}),
+    "box_iou": Case(0, 1, columns={"boxes": BOXES}),
     "yes_probability": Case(0, 1),
     "yes_against_reference": Case(0, 1, columns={"reference": REFERENCE}),
     "rating": Case(1, 5),
@@ -209,11 +213,11 @@ def test_a_reward_has_a_card_for_the_table(reward: Reward) -> None:
 @pytest.mark.parametrize("name", sorted(TABLE))
 def test_weights_that_are_nowhere_are_named_with_the_command_that_fetches_them(name: str) -> None:
     target = find(name)
-    if not issubclass(target, HasWeights) or CASES[name].options:
-        pytest.skip("needs options, or reads nothing")
-    remote = load(name)
+    if not issubclass(target, HasWeights):
+        pytest.skip("reads nothing")
+    remote = load(name, **CASES[name].options)
     assert isinstance(remote, HasWeights) and isinstance(remote, Prepares)
-    ids = [files.source for files in remote.files()]
+    ids = [files.source for files in remote.files() if files.local is None]
     if not ids:
         pytest.skip("reads nothing from the hub by default")
     with pytest.raises(MissingWeights, match="alignkit fetch") as raised:
