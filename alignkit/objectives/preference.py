@@ -47,33 +47,43 @@ def yes_no(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
 
 
-def self_distillation(
-    student: Tensor, teacher: Tensor, centre: Tensor, student_temperature: float, teacher_temperature: float
-) -> Tensor:
+def self_distillation(student: Tensor, seen: Tensor, temperature: float) -> Tensor:
     """DINO's loss (2104.14294), a scalar: the student's view of a picture predicts what the teacher sees in another.
 
-    Mean over pairs of views and pictures of `-sum_k p_teacher log p_student`, where the teacher's logits are centred
-    and sharpened. Views are numbered alike, teacher's first; the pairs of a view with itself are left out.
+    Mean over pairs of views and pictures of `-sum_k seen log p_student`. Views are numbered alike, the teacher's first;
+    the pairs of a view with itself are left out.
 
     Args:
         student: (V, B, K) logits of all V views.
-        teacher: (W, B, K) logits of the first W <= V views; no gradient flows into them.
-        centre: (K,) running mean of the teacher's logits, see `moved_centre`.
-        student_temperature, teacher_temperature: above 0; the teacher's is the lower one (sharpening).
+        seen: (W, B, K) the teacher's probabilities for the first W <= V views, by `centred` or `balanced`; no
+            gradient flows into them.
+        temperature: of the student, above 0.
     """
-    if student.shape[1:] != teacher.shape[1:] or len(teacher) > len(student) or len(student) < 2:
+    if student.shape[1:] != seen.shape[1:] or len(seen) > len(student) or len(student) < 2:
         raise AlignkitError(
-            f"student {tuple(student.shape)} must be (V, B, K) with V >= 2, and teacher {tuple(teacher.shape)} "
-            "its first views"
+            f"student {tuple(student.shape)} must be (V, B, K) with V >= 2, seen {tuple(seen.shape)} its first views"
         )
-    predicted = (student / student_temperature).log_softmax(dim=-1)
-    seen = ((teacher.detach() - centre) / teacher_temperature).softmax(dim=-1)
-    pairs = [(w, v) for w in range(len(teacher)) for v in range(len(student)) if v != w]
-    return -torch.stack([(seen[w] * predicted[v]).sum(dim=-1).mean() for w, v in pairs]).mean()
+    predicted = (student / temperature).log_softmax(dim=-1)
+    pairs = [(w, v) for w in range(len(seen)) for v in range(len(student)) if v != w]
+    return -torch.stack([(seen[w].detach() * predicted[v]).sum(dim=-1).mean() for w, v in pairs]).mean()
+
+
+def centred(teacher: Tensor, centre: Tensor, temperature: float) -> Tensor:
+    """The teacher's probabilities (..., K): logits less their running mean, sharpened (DINO, 2104.14294).
+
+    Centring alone ends in every class evenly for every picture, sharpening alone in one class; both together in
+    neither, where batches are large and the teacher slow.
+
+    Args:
+        teacher: (..., K) logits.
+        centre: (K,), see `moved_centre`.
+        temperature: below the student's.
+    """
+    return ((teacher - centre) / temperature).softmax(dim=-1)
 
 
 def moved_centre(centre: Tensor, teacher: Tensor, momentum: float) -> Tensor:
-    """(K,) `momentum * centre + (1 - momentum) * mean(teacher)`; without it all pictures fall into one class.
+    """(K,) `momentum * centre + (1 - momentum) * mean(teacher)`.
 
     Args:
         centre: (K,).
@@ -81,3 +91,20 @@ def moved_centre(centre: Tensor, teacher: Tensor, momentum: float) -> Tensor:
         momentum: in [0, 1]; 0.9 in the paper.
     """
     return torch.lerp(teacher.detach().flatten(0, -2).mean(dim=0), centre, momentum)
+
+
+def balanced(teacher: Tensor, temperature: float, rounds: int = 3) -> Tensor:
+    """The teacher's probabilities (..., K) by Sinkhorn and Knopp, as in SwAV (2006.09882) and DINOv2 (2304.07193).
+
+    Classes get equal shares of the batch, pictures a probability of 1 each, in turn; no class can take all pictures.
+
+    Args:
+        teacher: (..., K) logits of a batch.
+        temperature: above 0.
+        rounds: after three the shares are equal up to a few percent.
+    """
+    log_share = (teacher / temperature).flatten(0, -2)
+    for _ in range(rounds):
+        log_share = log_share - log_share.logsumexp(dim=0, keepdim=True)
+        log_share = log_share - log_share.logsumexp(dim=1, keepdim=True)
+    return log_share.exp().view_as(teacher)

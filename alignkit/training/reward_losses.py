@@ -57,7 +57,7 @@ def yes_no(model: nn.Module, batch: LabelBatch, rng: torch.Generator) -> tuple[T
 
 
 def self_distillation(model: nn.Module, batch: ViewBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
-    """DINO on the views of a batch; moves the model's centre."""
+    """DINO on the views of a batch."""
     _require(batch, ViewBatch, "self_distillation")
     if not isinstance(model, SelfDistilled):
         raise RecipeError(
@@ -65,14 +65,11 @@ def self_distillation(model: nn.Module, batch: ViewBatch, rng: torch.Generator) 
         )
     with torch.no_grad():
         taught = torch.stack([model.teacher(view) for view in batch.views[: batch.teacher_views]])
+        seen = model.seen(taught)
     learnt = torch.stack([model.student(view) for view in batch.views])
-    loss = preference.self_distillation(
-        learnt, taught, model.centre, model.student_temperature, model.teacher_temperature
-    )
-    seen = ((taught - model.centre) / model.teacher_temperature).softmax(dim=-1)
-    spread = seen.mean(dim=(0, 1))
-    model.centre.copy_(preference.moved_centre(model.centre, taught, model.centre_momentum))
+    loss = preference.self_distillation(learnt, seen, model.student_temperature)
     # Collapse shows in one of two ways: one class for everything, or the same even spread for every picture.
+    spread = seen.mean(dim=(0, 1))
     return loss, {"class_entropy": _entropy(spread), "picture_entropy": float(_entropies(seen).mean())}
 
 

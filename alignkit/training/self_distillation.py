@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from alignkit.objectives.preference import balanced, centred, moved_centre
 
 
 class SelfDistilled(nn.Module):
@@ -18,7 +21,10 @@ class SelfDistilled(nn.Module):
         network: (B, 3, h, w) -> (B, K) logits, of any view size.
         classes: K.
         momentum: share of the teacher that stays at each step.
-        student_temperature, teacher_temperature, centre_momentum: see `objectives.preference.self_distillation`.
+        student_temperature, teacher_temperature: the teacher's is the lower one (sharpening).
+        balance: what keeps pictures apart: "centre", a running mean of the teacher's logits (DINO), or "sinkhorn",
+            equal shares of each batch (DINOv2), which small batches need.
+        centre_momentum: share of the old centre that stays.
     """
 
     centre: Tensor
@@ -30,13 +36,14 @@ class SelfDistilled(nn.Module):
         momentum: float = 0.99,
         student_temperature: float = 0.1,
         teacher_temperature: float = 0.04,
+        balance: Literal["centre", "sinkhorn"] = "centre",
         centre_momentum: float = 0.9,
     ) -> None:
         super().__init__()
         self.student = network
         self.teacher = copy.deepcopy(network).requires_grad_(False)
         self.register_buffer("centre", torch.zeros(classes))
-        self.momentum, self.centre_momentum = momentum, centre_momentum
+        self.momentum, self.balance, self.centre_momentum = momentum, balance, centre_momentum
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
 
     def train(self, mode: bool = True) -> SelfDistilled:
@@ -44,6 +51,14 @@ class SelfDistilled(nn.Module):
         super().train(mode)
         self.teacher.eval()
         return self
+
+    def seen(self, logits: Tensor) -> Tensor:
+        """The teacher's probabilities (W, B, K) of its logits; moves the centre."""
+        if self.balance == "sinkhorn":
+            return balanced(logits, self.teacher_temperature)
+        probabilities = centred(logits, self.centre, self.teacher_temperature)
+        self.centre.copy_(moved_centre(self.centre, logits, self.centre_momentum))
+        return probabilities
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

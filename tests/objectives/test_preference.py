@@ -10,7 +10,9 @@ from torch.testing import assert_close
 
 from alignkit.errors import AlignkitError
 from alignkit.objectives.preference import (
+    balanced,
     bradley_terry,
+    centred,
     moved_centre,
     self_distillation,
     softmax_preference,
@@ -82,12 +84,12 @@ def test_self_distillation_is_dinos_loss() -> None:
                 continue
             total += torch.sum(-target * torch.log_softmax(student[v] / 0.1, dim=-1), dim=-1).mean()
             pairs += 1
-    assert_close(self_distillation(student, teacher, centre, 0.1, 0.04), total / pairs)
+    assert_close(self_distillation(student, centred(teacher, centre, 0.04), 0.1), total / pairs)
 
 
 def test_no_gradient_of_self_distillation_reaches_the_teacher() -> None:
     student, teacher = rand(2, 3, 5).requires_grad_(), rand(2, 3, 5, seed=1).requires_grad_()
-    self_distillation(student, teacher, torch.zeros(5, dtype=torch.float64), 0.1, 0.04).backward()
+    self_distillation(student, teacher.softmax(dim=-1), 0.1).backward()
     assert teacher.grad is None and student.grad is not None and bool(student.grad.any())
 
 
@@ -97,16 +99,42 @@ def test_the_centre_moves_towards_the_mean_of_the_teachers_logits() -> None:
     assert_close(moved_centre(centre, teacher, 0.9), expected)
 
 
-def test_centring_takes_the_lead_from_a_class_that_all_pictures_share() -> None:
-    """One class far ahead everywhere is collapse; subtracted, only what tells pictures apart is left."""
+def one_class_leads() -> torch.Tensor:
+    """(2 views, 2 pictures, 3 classes): collapse, and underneath a little that tells the pictures apart."""
     teacher = torch.zeros(2, 2, 3, dtype=torch.float64)
-    teacher[..., 0] = 50.0
+    teacher[..., 0] = 5.0
     teacher[:, 0, 1] = 0.2
     teacher[:, 1, 2] = 0.2
-    student = teacher.clone()
-    collapsed = self_distillation(student, teacher, torch.zeros(3, dtype=torch.float64), 0.1, 0.04)
-    centred = self_distillation(student, teacher, teacher.reshape(-1, 3).mean(dim=0), 0.1, 0.04)
-    assert collapsed.item() == pytest.approx(0.0, abs=1e-12) and centred.item() > 1.0
+    return teacher
+
+
+def test_centring_takes_the_lead_from_a_class_that_all_pictures_share() -> None:
+    teacher = one_class_leads()
+    collapsed = centred(teacher, torch.zeros(3, dtype=torch.float64), 0.04)
+    apart = centred(teacher, teacher.reshape(-1, 3).mean(dim=0), 0.04)
+    assert collapsed.argmax(dim=-1).unique().tolist() == [0]
+    assert apart.argmax(dim=-1).tolist() == [[1, 2], [1, 2]]
+
+
+def test_balancing_gives_every_class_an_equal_share_and_every_picture_a_probability_of_one() -> None:
+    seen = balanced(rand(2, 30, 6), 0.5, rounds=50)
+    assert_close(seen.sum(dim=-1), torch.ones(2, 30, dtype=torch.float64))
+    assert_close(seen.sum(dim=(0, 1)), torch.full((6,), 10.0, dtype=torch.float64))
+    assert balanced(one_class_leads(), 0.04).argmax(dim=-1)[0].tolist() != [0, 0]
+
+
+def test_balancing_is_sinkhorn_and_knopps_iteration() -> None:
+    logits = rand(8, 3)
+    share = (logits / 0.7).exp().T  # SwAV's own notation: classes by pictures
+    share = share / share.sum()
+    for _ in range(3):
+        share = share / share.sum(dim=1, keepdim=True) / 3
+        share = share / share.sum(dim=0, keepdim=True) / 8
+    assert_close(balanced(logits, 0.7), (share * 8).T)
+
+
+def test_balancing_does_not_overflow_where_the_teacher_is_sharp() -> None:
+    assert bool(balanced(1e4 * rand(8, 3), 0.01).isfinite().all())
 
 
 @pytest.mark.parametrize(
@@ -115,7 +143,7 @@ def test_centring_takes_the_lead_from_a_class_that_all_pictures_share() -> None:
         lambda: bradley_terry(rand(3), rand(3, 1)),
         lambda: softmax_preference(rand(3), rand(3)),
         lambda: yes_no(rand(3), rand(3, 1)),
-        lambda: self_distillation(rand(1, 3, 5), rand(1, 3, 5), rand(5), 0.1, 0.04),
+        lambda: self_distillation(rand(1, 3, 5), rand(1, 3, 5), 0.1),
     ],
 )
 def test_shapes_that_would_broadcast_or_leave_nothing_to_compare_are_refused(call) -> None:
