@@ -9,26 +9,24 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange, reduce
 
 from alignkit.errors import RecipeError
 from alignkit.rewards.base import (
-    Binds,
-    ChecksPrompts,
     Evaluation,
-    Prepares,
     Reward,
     RewardFailure,
     ScoresGroups,
     as_prompts,
     evaluate,
 )
-from alignkit.rewards.card import Card, HasWeights
+from alignkit.rewards.card import Card
 from alignkit.rewards.deadline import StillRunning, within
 from alignkit.rewards.loading import describe, load
+from alignkit.rewards.parts import Counts, bound, check, files_of, prepare
 from alignkit.rewards.threads import draws_nothing
 from alignkit.rewards.weights import Files
 from alignkit.types import Prompt, Scores
@@ -36,37 +34,6 @@ from alignkit.types import Prompt, Scores
 log = logging.getLogger("alignkit.rewards")
 
 Spec = str | Callable[..., Any]
-
-
-@runtime_checkable
-class Counts(Protocol):
-    """A reward that has more numbers for the log than its scores, such as how often its judge gave no verdict."""
-
-    def counted(self) -> Mapping[str, float]:
-        """Means over what was scored since the last call."""
-        ...
-
-
-def prepare(reward: Any) -> None:
-    """Read the weights of a part, where it has any."""
-    if isinstance(reward, Prepares):
-        reward.prepare()
-
-
-def check(reward: Any, prompts: Sequence[Prompt]) -> None:
-    """Raises RewardError if a prompt lacks what a part needs of it."""
-    if isinstance(reward, ChecksPrompts):
-        reward.check_prompts(prompts)
-
-
-def bound(reward: Any, policy: Any) -> Any:
-    """A part with what it needs of the policy, or as it is."""
-    return reward.bind(policy) if isinstance(reward, Binds) else reward
-
-
-def files_of(rewards: Iterable[Any]) -> tuple[Files, ...]:
-    """Everything that the parts read."""
-    return tuple(files for reward in rewards if isinstance(reward, HasWeights) for files in reward.files())
 
 
 class Weighted:

@@ -15,8 +15,8 @@ from alignkit.errors import RecipeError
 from alignkit.objectives import shaping
 from alignkit.rewards.base import Evaluation, Reward, ScoresGroups, evaluate
 from alignkit.rewards.card import Card
-from alignkit.rewards.combine import bound, check, files_of, prepare
 from alignkit.rewards.loading import describe, load
+from alignkit.rewards.parts import bound, check, files_of, prepare
 from alignkit.rewards.weights import Files
 from alignkit.types import Prompt
 

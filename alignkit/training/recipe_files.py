@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,7 @@ def save(folder: Path, recipe: AnyRecipe, source: Source | None) -> None:
     if source is not None:
         files[source.file.name] = _copy(source.file, code)
         record["source"] = {"file": source.file.name, "function": source.function}
-    for place in (split_options(s)[0] for s in _specs(recipe)):
-        if ".py:" not in place:
-            continue
+    for place in (place for spec in _specs(recipe) for place in _places(spec)):
         file = Path(resolved(place.rpartition(":")[0]))
         files[file.name] = _copy(file, code)
     record["files"] = files
@@ -163,7 +161,18 @@ def _specs(recipe: AnyRecipe) -> tuple[str, ...]:
     """Whatever in a recipe may name a file."""
     if isinstance(recipe, RewardModel):
         return recipe.specs
-    return tuple(s for s in (*recipe.rewards, *recipe.judges) if isinstance(s, str))
+    own = (*recipe.rewards, *recipe.judges, recipe.diversity_shaping if isinstance(recipe, GRPO) else None)
+    return tuple(spec for spec in own if isinstance(spec, str))
+
+
+def _places(spec: str) -> Iterator[str]:
+    """Every `file.py:name` of a spec, those in its options too."""
+    place, options = split_options(spec)
+    if ".py:" in place:
+        yield place
+    for value in options.values():
+        if isinstance(value, str) and ".py:" in value:
+            yield from _places(value)
 
 
 def _copy(file: Path, folder: Path) -> str:
@@ -194,15 +203,20 @@ def reload(folder: Path) -> tuple[AnyRecipe, Source | None]:
         model, data, loss = (_local(spec, local) for spec in (recipe.model, recipe.data, recipe.loss))
         return dataclasses.replace(recipe, model=model, data=data, loss=loss), source
     rewards = {_local(spec, local): weight for spec, weight in recipe.rewards.items()}
-    return dataclasses.replace(recipe, rewards=rewards, judges=tuple(_local(s, local) for s in recipe.judges)), source
+    fields: dict[str, Any] = {"rewards": rewards, "judges": tuple(_local(s, local) for s in recipe.judges)}
+    if isinstance(recipe, GRPO):
+        fields["diversity_shaping"] = _local(recipe.diversity_shaping, local)
+    return dataclasses.replace(recipe, **fields), source
 
 
 def _local(spec: Any, files: Mapping[str, Path]) -> Any:
-    place, options = split_options(spec) if isinstance(spec, str) else ("", {})
-    if ".py:" not in place:
+    if not isinstance(spec, str) or ".py:" not in spec:
         return spec
-    file, _, name = place.rpartition(":")
-    return with_options(f"{files[Path(file).name]}:{name}", options)
+    place, options = split_options(spec)
+    if ".py:" in place:
+        file, _, name = place.rpartition(":")
+        place = f"{files[Path(file).name]}:{name}"
+    return with_options(place, {name: _local(value, files) for name, value in options.items()})
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from alignkit.errors import RecipeError
 from alignkit.objectives.shaping import log_sigmoid, quantile_stretch
-from alignkit.training import grpo
+from alignkit.rewards import load
+from alignkit.training import grpo, recipe_files
 from alignkit.training.grpo import GRPO
 from alignkit.training.run import Run, resume, start
 from alignkit.training.run_dir import RunDir
@@ -247,3 +248,21 @@ def test_a_run_with_replay_and_a_reference_resumes_bit_for_bit(
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
     assert metrics(tmp_path / "whole")[-1]["replay/groups"] > 0
+
+
+def test_reward_files_inside_other_rewards_are_copied_into_the_run_and_read_from_there(
+    tiny_recipe: GRPO, tmp_path: Path
+) -> None:
+    for name in ("gate", "looks"):
+        (tmp_path / f"{name}.py").write_text(FILE + "\ndef features(media):\n    return media.flatten(1)\n")
+    gated = f'gated(reward="brightness", gate="{tmp_path / "gate.py"}:left", threshold=0.5)'
+    recipe = dataclasses.replace(
+        tiny_recipe, rewards={gated: 1.0}, diversity_shaping=f"{tmp_path / 'looks.py'}:features"
+    )
+    recipe_files.save(tmp_path, recipe, None)
+    (tmp_path / "gate.py").unlink()
+    again, _ = recipe_files.reload(tmp_path)
+    assert isinstance(again, GRPO)
+    (spec,) = again.rewards
+    assert f"{tmp_path / 'code' / 'gate.py'}:left" in spec and load(spec).name == "gated"
+    assert again.diversity_shaping == f"{tmp_path / 'code' / 'looks.py'}:features"
