@@ -36,6 +36,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[tuple[Future, Callable[[], object]] | None] = queue.SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
+        self._stuck = False  # a reward did not come back when it was waited for
         threading.Thread(target=self._work, name="alignkit-rewards", daemon=True).start()
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
@@ -55,7 +56,7 @@ class Worker:
         except queue.Empty:
             pass
         self._jobs.put((Future(), self._idle.set))
-        self._idle.wait(PATIENCE)
+        self._stuck = not self._idle.wait(0.0 if self._stuck else PATIENCE)
 
     def close(self) -> None:
         """End the thread."""
