@@ -28,8 +28,8 @@ def load_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
 
     A prompt's `id` is the number of its line (`.txt`, `.jsonl`) or of its row below the header (`.csv`,
     parquet), counted from 1. Its `columns` are the row's other cells, without empty ones: `image`, `images`,
-    `video`, `mask` and `reference` as absolute paths of files inside the prompt file's folder (images are decoded at use,
-    `media.load_images`), `seed`, `height`, `width`, `num_frames` as int, `boxes` as a list, the rest as it
+    `video`, `mask` and `reference` as absolute paths of files inside the prompt file's folder (images are decoded
+    at use, `media.load_images`), `seed`, `height`, `width`, `num_frames` as int, `boxes` as a list, the rest as it
     is.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -245,7 +245,7 @@ class SelfReward:
             for template in self._templates(True) + self._templates(False):
                 fill(template, prompt, self.pattern)
             if "boxes" in prompt.columns:
-                check_boxes(torch.tensor(prompt.columns["boxes"]), f"prompt {prompt.id}")
+                check_boxes(given_boxes(prompt), f"prompt {prompt.id}")
 
     def describe(self) -> dict[str, Any]:
         """Which component answers what."""
@@ -280,9 +280,7 @@ class SelfReward:
         if self.detector is not None:
             given = list(self.detector(media, prompts))
         else:
-            given = [
-                torch.tensor(p.columns["boxes"]) if "boxes" in p.columns else grid_boxes(*self.grid) for p in prompts
-            ]
+            given = [given_boxes(p) if "boxes" in p.columns else grid_boxes(*self.grid) for p in prompts]
         return [check_boxes(boxes, f"prompt {p.id}") for boxes, p in zip(given, prompts, strict=True)]
 
     def regions(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> list[Regions]:
@@ -294,6 +292,12 @@ class SelfReward:
         parts = answers.detach().cpu().split([len(around) for around in boxes])
         overall = self(media, prompts).tolist()
         return [regions_of(around, part, whole) for around, part, whole in zip(boxes, parts, overall, strict=True)]
+
+
+def given_boxes(prompt: Prompt) -> torch.Tensor:
+    """(N, 4) boxes of the column `boxes`: four numbers each, or `{"label": ..., "box": [...]}`."""
+    boxes = [one["box"] if isinstance(one, Mapping) else one for one in prompt.columns["boxes"]]
+    return torch.tensor(boxes, dtype=torch.float32)
 
 
 def crop(picture: torch.Tensor, box: Sequence[float]) -> torch.Tensor:

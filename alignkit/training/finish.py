@@ -35,7 +35,8 @@ class Reads(Protocol):
 
 def readers(judges: Weighted) -> dict[str, Reads]:
     """The rewards and judges that read."""
-    return {name: reward for name, reward in judges.rewards.items() if isinstance(reward, Reads)}
+    # A judge has an option of that name, which is a text.
+    return {n: r for n, r in judges.rewards.items() if isinstance(r, Reads) and callable(r.read)}
 
 
 def measures(assessment: Assessment, judges: Weighted) -> dict[str, float]:
