@@ -180,6 +180,14 @@ def test_a_device_that_is_not_here_is_refused() -> None:
         Scoring(Weighted(slow_level), device="cuda:99")
 
 
+def test_the_worker_keeps_the_order_in_which_it_was_asked(worker: Worker) -> None:
+    order: list[int] = []
+    asked = [worker.submit(lambda: time.sleep(0.05)), *(worker.submit(lambda n=n: order.append(n)) for n in range(5))]
+    for answer in asked:
+        answer.result(timeout=5)
+    assert order == [0, 1, 2, 3, 4]
+
+
 def test_the_worker_goes_on_after_a_drop() -> None:
     worker = Worker()
     worker.drop()
