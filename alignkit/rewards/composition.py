@@ -139,7 +139,7 @@ class GenEval:
 
     detector: str | DetectorCall = "PekingU/rtdetr_r50vd_coco_o365"
     mode: str = "strict"
-    colours: str | Chooser = "alignkit.rewards.clip:CLIPScore"
+    colours: str | Chooser = "clip_score"
     threshold: float = 0.3
     counting_threshold: float = 0.9
     per_label: int = 16
