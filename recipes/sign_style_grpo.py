@@ -1,0 +1,25 @@
+"""Signs in the style of a folder: similarity to serif signs, by features that were learnt without labels.
+
+The reward knows neither words nor colours, so what it does to spelling is the judges' to say.
+
+Command:   alignkit run sign_style_grpo        (about 4 minutes on 2 CPU cores; seed 0)
+Measured:  see recipes/README.md
+"""
+
+from dataclasses import replace
+
+from alignkit.shipped import path
+from alignkit.training.grpo import GRPO
+from alignkit.training.recipe_files import Source, load
+
+STYLE = (
+    'dino_style(references="shipped:assets/signs/style", weights="shipped:assets/signs/features", '
+    'use="patches", match="best", pool="top_k", k=4)'
+)
+SERIF = f"{path('recipes', 'signs', 'fonts.py')}:serif"
+
+
+def recipe() -> GRPO:
+    quickstart = load(Source(path("recipes", "quickstart.py")))
+    assert isinstance(quickstart, GRPO)
+    return replace(quickstart, rewards={STYLE: 1.0}, judges=(SERIF, "ocr", "tesseract", "sign_color"))
