@@ -12,11 +12,10 @@ The data measure the scorer before, on the way and after; the scorer writes itse
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -25,10 +24,8 @@ import torch
 from rapidfuzz import process
 from torch import nn
 
-from alignkit import shipped
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.evaluation.report import write_report
-from alignkit.rewards.loading import load_file, split_options
 from alignkit.training.examples import Movable, Noisable
 from alignkit.training.loop import State
 from alignkit.training.progress import Display
@@ -37,8 +34,7 @@ from alignkit.training.run_dir import RunDir
 from alignkit.training.runtime import Runtime
 from alignkit.training.seeds import generator
 from alignkit.training.signals import StopFlag
-
-Spec = str | Callable[..., Any]
+from alignkit.training.specs import Spec, made, named
 
 
 @runtime_checkable
@@ -145,39 +141,6 @@ class RewardModel:
             near = process.extractOne(self.loss, list(LOSSES))
             hint = f"; nearest: {near[0]!r}" if near else ""
             raise RecipeError(f"there is no loss {self.loss!r}{hint}; known: {', '.join(LOSSES)}, or give file.py:name")
-
-
-def made(spec: Spec, field: str) -> Any:
-    """What the factory that `spec` names returns. Raises RecipeError where there is none."""
-    if callable(spec):
-        return spec()
-    place, options = split_options(spec)
-    return named(place, field)(**options)
-
-
-def named(spec: Spec, field: str) -> Callable[..., Any]:
-    """The callable that a spec of a recipe's `field` names.
-
-    Raises:
-        RecipeError: there is no such file, module or name.
-    """
-    if callable(spec):
-        return spec
-    place, colon, name = spec.removeprefix("shipped:").rpartition(":")
-    if not colon:
-        raise RecipeError(f"{field}={spec!r} must be 'package.module:name' or 'path/file.py:name'")
-    try:
-        if place.endswith(".py"):
-            found = load_file(shipped.path(*place.split("/")) if spec.startswith("shipped:") else Path(place))
-        else:
-            found = importlib.import_module(place)
-    except ImportError as error:
-        raise RecipeError(f"{field}={spec!r} cannot be imported: {error}") from error
-    if name not in vars(found):
-        own = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
-        near = process.extractOne(name, own)
-        raise RecipeError(f"{field}={spec!r}: {place} has no {name!r}" + (f"; nearest: {near[0]!r}" if near else ""))
-    return vars(found)[name]
 
 
 class RewardTraining:
