@@ -231,7 +231,7 @@ def tiny(spec: Any, folder: Path) -> Any:
     nested = {n: v for n, v in named.items() if split_options(v)[0] in TABLE}
     changed = {name: str(tiny(value, folder)) for name, value in nested.items()}
     if issubclass(target, HasTiny) and _on_hub(load(spec)):
-        changed |= target.tiny(_fresh(folder, target.__name__))
+        changed = {**target.tiny(_fresh(folder, target.__name__)), **changed}
     return with_options(spec, changed) if changed else spec
 
 

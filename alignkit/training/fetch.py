@@ -11,6 +11,7 @@ from alignkit.errors import AlignkitError, RecipeError
 from alignkit.rewards import Files, load
 from alignkit.rewards.card import HasWeights
 from alignkit.rewards.weights import MissingWeights, locate
+from alignkit.training.grpo import GRPO
 from alignkit.training.recipe_files import AnyRecipe, resolved
 from alignkit.training.reward_model import RewardModel
 
@@ -39,7 +40,9 @@ def needs_of_recipe(recipe: AnyRecipe) -> list[Need]:
         return []
     model = resolved(recipe.model)
     needs = [Need("model", Files(model, ()), _pipeline(model, download=False))]
-    for spec in (*recipe.rewards, *recipe.judges):
+    features = recipe.diversity_shaping if isinstance(recipe, GRPO) else None
+    compared = [features] if features not in (None, "pixels", *recipe.rewards) else []
+    for spec in (*recipe.rewards, *recipe.judges, *compared):
         needs += needs_of_reward(spec)
     return needs
 

@@ -135,3 +135,11 @@ def test_a_frozen_network_has_no_gradients_of_its_own_and_follows_the_media() ->
     assert on(module, torch.device("meta")).weight.device.type == "meta"
     with pytest.raises(RecipeError, match="bfloat16"):
         frozen(torch.nn.Linear(2, 2), "int3")
+
+
+def test_tiny_keeps_the_judge_that_a_win_rate_was_given(tmp_path: Path) -> None:
+    spec = tiny('win_rate(judge="unified_reward_pair", batch=2)', tmp_path)
+    place, options = split_options(spec)
+    assert (place, options["batch"]) == ("win_rate", 2)
+    assert split_options(options["judge"])[0] == "unified_reward_pair"
+    assert Path(split_options(options["judge"])[1]["weights"]).is_dir()

@@ -67,3 +67,8 @@ def test_fetch_needs_nothing_where_everything_is_on_disk(tiny_recipe: GRPO, tmp_
     said: list[str] = []
     needs = needs_of_recipe(dataclasses.replace(tiny_recipe, rewards={"brightness": 1.0}, judges=()))
     assert list(fetch(needs, said.append)) == needs and said == []
+
+
+def test_the_features_that_tell_samples_apart_are_fetched_too(tiny_recipe: GRPO) -> None:
+    own = dataclasses.replace(tiny_recipe, rewards={"brightness": 1.0}, judges=(), diversity_shaping="dino_similarity")
+    assert [need.files.source for need in needs_of_recipe(own)][1:] == ["facebook/dinov2-base"]
