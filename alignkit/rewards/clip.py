@@ -35,7 +35,8 @@ class CLIPTowers:
 
     def image(self, media: torch.Tensor) -> torch.Tensor:
         """(B, D) from (B, 3, H, W) in [0, 1]."""
-        return self.network.get_image_features(pixels(self.images, media, self.network.dtype)).pooler_output
+        values = pixels(self.images, media, self.network.visual_projection.weight.dtype)
+        return self.network.get_image_features(values).pooler_output
 
     def text(self, texts: list[str], device: torch.device) -> torch.Tensor:
         """(B, D)."""

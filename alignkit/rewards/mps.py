@@ -49,9 +49,9 @@ class Rotary(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., n, d) turned by its position."""
         angles = torch.outer(torch.arange(x.shape[-2], device=x.device).float(), self.inv_freq.float())
-        angles = repeat(angles, "n d -> n (twice d)", twice=2).to(x.dtype)
+        angles = repeat(angles, "n d -> n (twice d)", twice=2)
         first, second = x.chunk(2, dim=-1)
-        return x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+        return x * angles.cos().to(x.dtype) + torch.cat((-second, first), dim=-1) * angles.sin().to(x.dtype)
 
 
 class Residual(nn.Module):
@@ -226,6 +226,9 @@ class MPS:
         network = MPSNetwork(CLIPModel(CLIPConfig.from_pretrained(locate(clip))))
         fill(network, state, self.weights)
         frozen(network, self.dtype)
+        for name, module in network.named_modules():
+            if isinstance(module, Rotary):  # bfloat16 cannot tell the angles of 257 patches apart
+                module.inv_freq = state[f"{name}.inv_freq"].float()
         return network
 
     @cached_property
@@ -255,7 +258,7 @@ class MPS:
         network = on(self.network, media.device)
         texts, rows = distinct(prompts)
         tokens = self.tokens(texts, media.device)[rows]
-        values = pixels(self.images, media, self.network.model.dtype)
+        values = pixels(self.images, media, self.network.model.visual_projection.weight.dtype)
         return network(values, tokens, self.tokens([self.condition], media.device))
 
     @classmethod

@@ -107,9 +107,22 @@ def on(module: nn.Module, device: torch.device) -> nn.Module:
 def frozen(module: nn.Module, dtype: str = "float32") -> nn.Module:
     """The module for scoring: evaluation mode, no gradients of its own, in `dtype`.
 
+    Two kinds of numbers stay in float32, whatever the dtype. Buffers that no file holds, such as the frequencies of
+    rotary positions: with the 8 bits of bfloat16 the angles of later tokens are off by radians, which is why
+    `from_pretrained` leaves them alone too. And scalars: exp(logit_scale) would be off by a percent.
+
     Raises:
         RecipeError: no such dtype.
     """
     if dtype not in DTYPES:
         raise RecipeError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
-    return module.eval().requires_grad_(False).to(DTYPES[dtype])
+    saved = module.state_dict().keys()
+    exact = {name: buffer.detach() for name, buffer in module.named_buffers() if name not in saved}
+    scalars = {name: value.detach() for name, value in module.named_parameters() if value.ndim == 0}
+    module.eval().requires_grad_(False).to(DTYPES[dtype])
+    for name, value in {**exact, **scalars}.items():
+        owner, _, own = name.rpartition(".")
+        kept = value.float() if value.is_floating_point() else value
+        held = nn.Parameter(kept, requires_grad=False) if name in scalars else kept
+        setattr(module.get_submodule(owner), own, held)
+    return module

@@ -120,6 +120,14 @@ def test_half_precision_weights_give_float32_scores_near_the_exact_ones(folder: 
     torch.testing.assert_close(exact, half, atol=0.1, rtol=0)
 
 
+def test_half_precision_does_not_round_the_scale_of_pickscore(folder: Path) -> None:
+    exact, half = (
+        PickScore(weights=str(folder), processor=str(folder), dtype=dtype).towers.logit_scale
+        for dtype in ("float32", "bfloat16")
+    )
+    torch.testing.assert_close(half, exact, rtol=0, atol=0)
+
+
 def test_an_unknown_dtype_names_the_known_ones(folder: Path) -> None:
     with pytest.raises(RecipeError, match="'float8'; choose one of float32, bfloat16, float16"):
         CLIPScore(weights=str(folder), dtype="float8").prepare()

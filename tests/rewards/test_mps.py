@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from alignkit.errors import RewardError
 from alignkit.rewards import evaluate
-from alignkit.rewards.mps import MPS, OVERALL, relevant_words, shared_attention
+from alignkit.rewards.mps import MPS, OVERALL, Rotary, relevant_words, shared_attention
 from alignkit.rewards.weights import MissingWeights
 from alignkit.types import Prompt
 
@@ -188,6 +188,15 @@ def test_half_precision_weights_give_float32_scores_near_the_exact_ones(options:
     exact, half = (MPS(**options, dtype=dtype)(pictures(), PROMPTS) for dtype in ("float32", "bfloat16"))
     assert half.dtype == torch.float32 and not torch.equal(exact, half)
     torch.testing.assert_close(exact, half, atol=5, rtol=0)
+
+
+def test_in_half_precision_far_patches_are_turned_by_their_exact_angles(options: dict[str, Any]) -> None:
+    exact, half = (
+        [one for one in MPS(**options, dtype=dtype).network.modules() if isinstance(one, Rotary)][0]
+        for dtype in ("float32", "bfloat16")
+    )
+    x = torch.randn(1, 257, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    torch.testing.assert_close(half(x).float(), exact(x.float()), atol=0.05, rtol=0)
 
 
 def test_missing_weights_name_the_hub_id_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

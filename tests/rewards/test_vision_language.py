@@ -324,6 +324,16 @@ def test_the_mass_of_an_answer_is_the_sum_over_its_tokens() -> None:
     torch.testing.assert_close(log_mass(logits, [[0, 3], [5]]).exp(), expected)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bfloat16_positions_keep_their_exact_angles(tmp_path: Path, family: str) -> None:
+    write_qwen_vl(tmp_path, family)
+    exact, half = (VisionLanguage.load(tmp_path, dtype=dtype).model for dtype in ("float32", "bfloat16"))
+    frequencies = {name: value for name, value in exact.named_buffers() if name.endswith("inv_freq")}
+    assert frequencies
+    for name, value in frequencies.items():
+        torch.testing.assert_close(dict(half.named_buffers())[name], value, rtol=0, atol=0)
+
+
 def test_in_bfloat16_the_answer_is_float32_and_close(tmp_path: Path) -> None:
     write_qwen_vl(tmp_path)
     half = VisionLanguage.load(tmp_path, dtype="bfloat16")

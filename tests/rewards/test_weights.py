@@ -137,6 +137,28 @@ def test_a_frozen_network_has_no_gradients_of_its_own_and_follows_the_media() ->
         frozen(torch.nn.Linear(2, 2), "int3")
 
 
+class Turning(torch.nn.Module):
+    """Frequencies that are computed and not saved, statistics that are saved, a scale and a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.full((2,), 1 / 3), persistent=False)
+        self.register_buffer("statistics", torch.full((2,), 1 / 3))
+        self.scale = torch.nn.Parameter(torch.tensor(1 / 3))
+        self.matrix = torch.nn.Parameter(torch.full((2, 2), 1 / 3))
+
+
+def test_frequencies_that_no_file_holds_and_scales_are_not_rounded_to_the_dtype_of_the_weights() -> None:
+    inner = Turning()
+    module = frozen(torch.nn.Sequential(inner), "bfloat16")
+    torch.testing.assert_close(inner.frequencies, torch.full((2,), 1 / 3), rtol=0, atol=0)
+    torch.testing.assert_close(inner.scale.data, torch.tensor(1 / 3), rtol=0, atol=0)
+    assert {inner.statistics.dtype, inner.matrix.dtype} == {torch.bfloat16}
+    assert module.state_dict().keys() == {"0.statistics", "0.scale", "0.matrix"}
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert on(module, torch.device("meta")) is module and inner.frequencies.device.type == "meta"
+
+
 def test_tiny_keeps_the_judge_that_a_win_rate_was_given(tmp_path: Path) -> None:
     spec = tiny('win_rate(judge="unified_reward_pair", batch=2)', tmp_path)
     place, options = split_options(spec)
