@@ -93,7 +93,7 @@ class Judge(nn.Module):
         for module in kept:
             module.requires_grad_(False)
         width = self.encoder.config.text_config.hidden_size
-        self.glimpse = nn.Linear(width, questions.BLANK + 1 + questions.SLOTS + 1)
+        self.glimpse = nn.Linear(width, questions.BLANK + 1 + questions.signs.SLOTS + 1)
         self.notice = nn.Linear(width, questions.BLANK + 1 + len(questions.world.COLOURS))
         self.match = nn.Linear(width, 1)
 
@@ -148,7 +148,7 @@ def judge() -> Judge:
 def loss(model: Judge, batch: Any, rng: torch.Generator) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy of the answers, of what the temporary heads name, and the anchor; weights in `WEIGHTS`."""
     seen = model.see(batch.pixels)
-    letters, slots = model.glimpse(seen).split((questions.BLANK + 1, questions.SLOTS + 1), dim=-1)
+    letters, slots = model.glimpse(seen).split((questions.BLANK + 1, questions.signs.SLOTS + 1), dim=-1)
     hidden = model.think(batch, seen)
     asked = batch.targets != -100
     wanted, kind = batch.targets[asked], batch.kind[asked]

@@ -7,33 +7,20 @@ which sees the picture and itself. No held-out word is ever shown or asked about
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLQwenImage, DiffusionPipeline
-from einops import rearrange
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from alignkit.rewards.loading import load_file
 from alignkit.rewards.vision_language import Chat, VisionLanguage
 from alignkit.shipped import path
 
-
-def neighbour(name: str) -> ModuleType:
-    """A module of this folder, whose files import each other as a script's neighbours."""
-    folder = str(path("recipes", "signs"))
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(folder)
-
-
-world, components = neighbour("world"), neighbour("components")
+signs = load_file(path("recipes", "signs", "shown.py"))
+world = signs.world
 
 COLOUR_QUESTION = "is the sign {colour}?"
 WORD_QUESTION = 'does the sign say "{word}"?'
@@ -51,126 +38,8 @@ CHAT_TEMPLATE = (
 
 TOKEN = 8  # pixels, the side of an image token
 TOKENS_HIGH, TOKENS_WIDE = world.HEIGHT // TOKEN, world.WIDTH // TOKEN
-SLOTS = 5  # letters of the longest word
 BLANK = len(world.LETTERS)  # the class of "no letter"
 COLOUR, WORD, READ = range(3)
-
-# Shares of pictures whose word nobody should confirm; the rest are legible.
-FLAWS = {"defocused": 0.10, "blended": 0.10, "erased": 0.05, "empty": 0.03, "shuffled": 0.02}
-BLEND = (0.35, 0.65)  # of the letters of another word in a blended sign
-SOFTNESS = (0.0, 0.8)  # pixels of blur on legible signs
-DECODED = 0.5  # share of pictures that went through the generator's autoencoder
-LATENT_JITTER = 0.35  # largest noise on their latents, in their standard deviations
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What a picture shows.
-
-    Attributes:
-        legible: whether its word is there to be read.
-        coloured: whether its colour is.
-    """
-
-    sign: Any
-    legible: bool = True
-    coloured: bool = True
-
-
-def one_letter(word: str, rng: np.random.Generator) -> str:
-    """One letter exchanged for another."""
-    at = int(rng.integers(len(word)))
-    others = [letter for letter in world.LETTERS if letter != word[at]]
-    return word[:at] + others[rng.integers(len(others))] + word[at + 1 :]
-
-
-def swapped(word: str, rng: np.random.Generator) -> str:
-    """The last two letters exchanged, or one time in three two other neighbours."""
-    at = len(word) - 2 if rng.random() < 2 / 3 else int(rng.integers(len(word) - 1))
-    return word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-
-
-def length(word: str, rng: np.random.Generator) -> str:
-    """One letter more or fewer at the end."""
-    if len(word) > 3 and (len(word) == SLOTS or rng.random() < 0.5):
-        return word[:-1]
-    return word + world.LETTERS[rng.integers(26)]
-
-
-def other_word(word: str, rng: np.random.Generator) -> str:
-    return world.pretraining_word(rng)
-
-
-MISTAKES = {"one_letter": one_letter, "swapped": swapped, "other_word": other_word, "length": length}
-SHARES = (0.45, 0.3, 0.15, 0.1)
-
-
-def mistaken(word: str, kind: str, rng: np.random.Generator) -> str:
-    """A string that is neither `word` nor a held-out word; where there is none of this kind ("EEE"), of another."""
-    held_out = set(world.split_words()[1])
-    for _ in range(8):
-        wrong = MISTAKES[kind](word, rng)
-        if wrong != word and wrong not in held_out:
-            return wrong
-    return mistaken(word, "one_letter", rng)
-
-
-def spoilt(pixels: np.ndarray, sign: Any, flaw: str, rng: np.random.Generator) -> np.ndarray:
-    """A legible sign's pixels (H, W, 3) uint8 with one of `FLAWS`."""
-    if flaw == "defocused":
-        return world.draw(dataclasses.replace(sign, defocus=float(rng.uniform(*world.DEFOCUS_PIXELS))))
-    if flaw == "blended":
-        ghost = world.draw(dataclasses.replace(sign, word=mistaken(sign.word, "one_letter", rng)))
-        share = rng.uniform(*BLEND)
-        return (share * pixels + (1 - share) * ghost).round().astype(np.uint8)
-    ground = world.draw(dataclasses.replace(sign, word=""))
-    if flaw == "empty":
-        return ground
-    if flaw == "shuffled":
-        return rng.permutation(pixels.reshape(-1, 3)).reshape(pixels.shape)
-    start = (world.WIDTH - world.CELL * len(sign.word)) // 2 + sign.offset[0]
-    slot = int(rng.integers(len(sign.word)))
-    columns = slice(max(0, start + world.CELL * slot), max(0, start + world.CELL * (slot + 1)))
-    erased = pixels.copy()
-    erased[:, columns] = ground[:, columns]
-    return erased
-
-
-def draw(word: str, rng: np.random.Generator, flaw: str | None = None) -> tuple[np.ndarray, Shown]:
-    """(pixels (H, W, 3) uint8, what they show) of a sign in a random colour."""
-    colour = list(world.COLOURS)[rng.integers(len(world.COLOURS))]
-    sign = world.random_sign(rng, word, colour, defocus=float(rng.uniform(*SOFTNESS)))
-    pixels = world.draw(sign)
-    if flaw is None:
-        return pixels, Shown(sign)
-    return spoilt(pixels, sign, flaw, rng), Shown(sign, legible=False, coloured=flaw != "shuffled")
-
-
-def draw_training(rng: np.random.Generator) -> tuple[np.ndarray, Shown, str]:
-    """(pixels, what they show, a string that they do not show)."""
-    right = world.pretraining_word(rng)
-    wrong = mistaken(right, str(rng.choice(list(MISTAKES), p=SHARES)), rng)
-    if rng.random() < 0.5:  # neither the shown nor the other string is more often a word
-        right, wrong = wrong, right
-    flaw = str(rng.choice(["", *FLAWS], p=[1 - sum(FLAWS.values()), *FLAWS.values()]))
-    return *draw(right, rng, flaw or None), wrong
-
-
-def as_media(pixels: list[np.ndarray]) -> Tensor:
-    """(B, 3, H, W) in [0, 1]."""
-    return rearrange(torch.from_numpy(np.stack(pixels)), "b h w c -> b c h w").float() / 255
-
-
-@torch.no_grad()
-def redrawn(vae: AutoencoderKLQwenImage, media: Tensor, jitter: Tensor, rng: torch.Generator) -> Tensor:
-    """(B, 3, H, W) decoded from noisy latents: soft edges and flaws as in generated signs. jitter: (B,)."""
-    if not len(media):
-        return media
-    std = torch.tensor(vae.config.latents_std)[:, None, None, None]
-    with components.single_frame_convolutions(vae):
-        z = vae.encode(media[:, :, None] * 2 - 1).latent_dist.mean
-        z = z + torch.randn(z.shape, generator=rng) * jitter.view(-1, 1, 1, 1, 1) * std
-        return (vae.decode(z).sample[:, :, 0] / 2 + 0.5).clamp(0, 1)
 
 
 @dataclass
@@ -228,7 +97,7 @@ class Batch:
         return Batch(**{field.name: getattr(self, field.name).to(device) for field in dataclasses.fields(self)})
 
 
-def letters_under(shown: Shown) -> tuple[list[int], list[int]]:
+def letters_under(shown: signs.Shown) -> tuple[list[int], list[int]]:
     """(letter, slot) under the centre of each image token, row by row."""
     if not shown.legible:
         unknown = [-100] * (TOKENS_HIGH * TOKENS_WIDE)
@@ -238,7 +107,7 @@ def letters_under(shown: Shown) -> tuple[list[int], list[int]]:
     places = [(TOKEN * column + TOKEN // 2 - start) // world.CELL for column in range(TOKENS_WIDE)]
     inside = [0 <= place < len(word) for place in places]
     letters = [world.LETTERS.index(word[p]) if i else BLANK for p, i in zip(places, inside)]
-    return letters * TOKENS_HIGH, [p if i else SLOTS for p, i in zip(places, inside)] * TOKENS_HIGH
+    return letters * TOKENS_HIGH, [p if i else signs.SLOTS for p, i in zip(places, inside)] * TOKENS_HIGH
 
 
 class Questions:
@@ -268,7 +137,7 @@ class Questions:
         targets = [-100] * (len(tokens) - len(answered) - 1) + [*answered, *self.end]
         return Exchange(kind, len(asked), tokens, targets, [-100] * len(tokens), [-100] * len(tokens))
 
-    def about_colour(self, asked: str, shown: Shown) -> Exchange:
+    def about_colour(self, asked: str, shown: signs.Shown) -> Exchange:
         same = asked == shown.sign.colour
         exchange = self.exchange(COLOUR, COLOUR_QUESTION.format(colour=asked), "yes" if same else "no")
         at = exchange.asked - 2  # before the question mark
@@ -276,17 +145,17 @@ class Questions:
         exchange.matched[at] = int(same)
         return exchange
 
-    def about_word(self, asked: str, shown: Shown) -> Exchange:
+    def about_word(self, asked: str, shown: signs.Shown) -> Exchange:
         same = shown.legible and asked == shown.sign.word
         exchange = self.exchange(WORD, WORD_QUESTION.format(word=asked), "yes" if same else "no")
         if shown.legible:
-            there = [*map(world.LETTERS.index, shown.sign.word), *[BLANK] * (SLOTS + 1)]
+            there = [*map(world.LETTERS.index, shown.sign.word), *[BLANK] * (signs.SLOTS + 1)]
             for slot, letter in enumerate([*map(world.LETTERS.index, asked), BLANK]):
                 at = exchange.asked - 2 - len(asked) + slot  # the closing quote and the question mark come last
                 exchange.noticed[at], exchange.matched[at] = there[slot], int(there[slot] == letter)
         return exchange
 
-    def ask(self, shown: Shown, wrong: str, rng: np.random.Generator) -> list[Exchange]:
+    def ask(self, shown: signs.Shown, wrong: str, rng: np.random.Generator) -> list[Exchange]:
         """A colour, the word, a wrong word, and the transcription; only what the picture can answer."""
         others = [name for name in world.COLOURS if name != shown.sign.colour]
         colour = shown.sign.colour if rng.random() < 0.5 else others[rng.integers(len(others))]
@@ -310,11 +179,11 @@ class Questions:
     def batch(self, size: int, rng: torch.Generator) -> Batch:
         """`size` pictures with their questions."""
         numbers = np.random.default_rng(int(torch.randint(2**62, (1,), generator=rng)))
-        drawn = [draw_training(numbers) for _ in range(size)]
-        pixels = as_media([picture for picture, _, _ in drawn])
-        decoded = torch.rand(size, generator=rng) < DECODED
-        jitter = torch.rand(int(decoded.sum()), generator=rng) * LATENT_JITTER
-        pixels[decoded] = redrawn(self.vae, pixels[decoded], jitter, rng)
+        drawn = [signs.draw_training(numbers) for _ in range(size)]
+        pixels = signs.as_media([picture for picture, _, _ in drawn])
+        decoded = torch.rand(size, generator=rng) < signs.DECODED
+        jitter = torch.rand(int(decoded.sum()), generator=rng) * signs.LATENT_JITTER
+        pixels[decoded] = signs.redrawn(self.vae, pixels[decoded], jitter, rng)
         rows = [self.ask(shown, wrong, numbers) for _, shown, wrong in drawn]
         under = [letters_under(shown) for _, shown, _ in drawn]
         count = max(2, round(self.prompts_per_picture * size))
@@ -357,10 +226,10 @@ class Questions:
     def measure(self, scorer: Any) -> dict[str, float]:
         """Accuracies on held-out words, half of them decoded; see `examine`. Asked as a self-reward asks."""
         rng, words = np.random.default_rng(77), world.split_words()[1]
-        drawn = [draw(word, rng) for word in words]
-        media = as_media([pixels for pixels, _ in drawn])
+        drawn = [signs.draw(word, rng) for word in words]
+        media = signs.as_media([pixels for pixels, _ in drawn])
         noise = torch.Generator().manual_seed(77)
-        media[::2] = redrawn(self.vae, media[::2], 0.2 * torch.ones(len(media[::2])), noise)
+        media[::2] = signs.redrawn(self.vae, media[::2], 0.2 * torch.ones(len(media[::2])), noise)
         judge = VisionLanguage(scorer.encoder, scorer.processor(self.tokenizer), batch_size=60)
         found = examine(judge, media, [shown for _, shown in drawn], rng)
         drift = scorer.drift(*(self.tokenizer(self.held_out_prompts(), padding=True, return_tensors="pt").values()))
@@ -372,7 +241,9 @@ class Questions:
         return [self.template.format(world.prompt_for(w, colours[i % len(colours)])) for i, w in enumerate(words)]
 
 
-def examine(judge: VisionLanguage, media: Tensor, shown: list[Shown], rng: np.random.Generator) -> dict[str, float]:
+def examine(
+    judge: VisionLanguage, media: Tensor, shown: list[signs.Shown], rng: np.random.Generator
+) -> dict[str, float]:
     """Share of right answers, by question; `word_auc` ranks the right word against all wrong ones, `read_exact` is of
     a third of the pictures."""
     colours, words = list(world.COLOURS), [one.sign.word for one in shown]
@@ -386,12 +257,12 @@ def examine(judge: VisionLanguage, media: Tensor, shown: list[Shown], rng: np.ra
     found["colour_no"] = yes(COLOUR_QUESTION, "colour", false) <= 0.5
     right = yes(WORD_QUESTION, "word", words)
     found["word_yes"], wrong = right > 0.5, []
-    for kind in MISTAKES:
-        wrong.append(yes(WORD_QUESTION, "word", [mistaken(word, kind, rng) for word in words]))
+    for kind in signs.MISTAKES:
+        wrong.append(yes(WORD_QUESTION, "word", [signs.mistaken(word, kind, rng) for word in words]))
         found[f"word_no_{kind}"] = wrong[-1] <= 0.5
     result = {name: float(value.float().mean()) for name, value in found.items()}
     result["word_auc"] = float((right[:, None] > torch.cat(wrong)).float().mean())
     chats = [Chat((picture, READ_QUESTION)) for picture in media[::3]]
-    read = judge.texts(chats, max_tokens=SLOTS + 1)
+    read = judge.texts(chats, max_tokens=signs.SLOTS + 1)
     result["read_exact"] = float(np.mean([a == b for a, b in zip(read, words[::3], strict=True)]))
     return result
