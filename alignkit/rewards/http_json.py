@@ -73,9 +73,12 @@ class JSONServer:
 
     @cached_property
     def client(self) -> Any:
+        from http.cookiejar import CookieJar, DefaultCookiePolicy
+
         import httpx2
 
-        return httpx2.Client(timeout=self.bounds.timeout, follow_redirects=False, cookies=None)
+        none_kept = CookieJar(DefaultCookiePolicy(allowed_domains=()))
+        return httpx2.Client(timeout=self.bounds.timeout, follow_redirects=False, cookies=none_kept)
 
     def key(self) -> str:
         """The bearer token, or "". Raises RecipeError where the variable is not set."""
@@ -127,8 +130,7 @@ class JSONServer:
             with self.client.stream(method, url, json=body, headers=headers, timeout=patience) as response:
                 content = self._read(response, deadline)
                 if response.status_code != 200:
-                    said = content[:200].decode("utf-8", "replace")
-                    reason = f"answered {response.status_code}: {said.replace(key, '***') if key else said}"
+                    reason = f"answered {response.status_code}: {self._shown(content, 200)}"
                     after = _seconds(response.headers.get("retry-after", ""))
                     return _Refusal(reason, response.status_code in RETRIED, after)
                 return content
@@ -151,8 +153,13 @@ class JSONServer:
         try:
             return json.loads(content, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            shown = content[:80].decode("utf-8", "replace")
+            shown = self._shown(content, 80)
             raise ServerFailure(f"the server {self.address} answered no JSON ({error}): {shown!r}") from error
+
+    def _shown(self, content: bytes, most: int) -> str:
+        """The beginning of an answer for an error, without the key, which a server may send back."""
+        said, key = content.decode("utf-8", "replace"), self.key()
+        return (said.replace(key, "***") if key else said)[:most]
 
 
 @dataclass(frozen=True)

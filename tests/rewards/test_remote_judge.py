@@ -228,6 +228,15 @@ def test_a_redirect_is_not_followed(serve: Callable[..., Server]) -> None:
     assert not elsewhere.requests
 
 
+def test_cookies_are_not_kept(serve: Callable[..., Server]) -> None:
+    server = serve(Answer(logprobs(yes=1.0), headers={"set-cookie": "who=you; Path=/"}))
+    asking = judge(server)
+    for _ in range(2):
+        asking(pictures(), prompts())
+    assert len(server.headers) == 2
+    assert not any(name.lower() == "cookie" for headers in server.headers for name in headers)
+
+
 def test_a_refused_connection_is_an_error_that_names_the_address() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -373,6 +382,10 @@ def test_a_key_is_sent_and_never_shown(
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     everywhere = f"{caught.value} {caplog.text} {reward!r} {reward.engine!r} {json.dumps(describe(reward))}"
     assert KEY not in everywhere
+    echo = judge(serve(Answer(f"you said {KEY}".encode())), key_variable="MY_JUDGE_KEY")
+    with pytest.raises(RewardError, match=r"no JSON .*you said \*\*\*"):
+        echo(pictures(), prompts())
+    assert KEY not in caplog.text
     monkeypatch.delenv("MY_JUDGE_KEY")
     with pytest.raises(RecipeError, match="MY_JUDGE_KEY.*not set"):
         reward(pictures(), prompts())
