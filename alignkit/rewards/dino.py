@@ -24,7 +24,7 @@ from alignkit.types import Prompt
 USES = ("cls", "patches", "both")
 MATCHES = ("position", "best", "gram")
 POOLS = ("mean", "nearest", "top_k")
-IMAGES = "*.png|*.jpg|*.jpeg|*.webp|*.bmp"
+IMAGES = "*.png|*.jpg|*.jpeg|*.webp|*.bmp|*.PNG|*.JPG|*.JPEG"
 
 
 def similarities(images: Features, references: Features, use: str, match: str) -> torch.Tensor:
@@ -216,7 +216,11 @@ class DinoStyle:
     def _paths(self) -> list[Path]:
         found = on_disk.locate(Files(self.references, (IMAGES,)))
         endings = tuple(pattern.removeprefix("*") for pattern in IMAGES.split("|"))
-        return sorted(path for path in found.rglob("*") if path.name.endswith(endings)) if found.is_dir() else [found]
+        return (
+            sorted(path for path in found.rglob("*") if path.name.lower().endswith(endings))
+            if found.is_dir()
+            else [found]
+        )
 
     def prepare(self) -> None:
         """Read the weights and the style images."""

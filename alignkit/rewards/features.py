@@ -67,7 +67,9 @@ class DinoFeatures:
 
     def files(self) -> tuple[Files, ...]:
         """The weights, their configuration, and the preprocessing of a transformers model."""
-        return (Files(self.weights, ("config.json", "*.safetensors", "preprocessor_config.json|config.json")),)
+        # only some have preprocessing of their own, and only large ones an index of several files of weights
+        others = "preprocessor_config.json|*.safetensors.index.json|config.json"
+        return (Files(self.weights, ("config.json", "*.safetensors", others)),)
 
     @cached_property
     def network(self) -> Backbone:

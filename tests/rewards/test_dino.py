@@ -270,6 +270,20 @@ def test_the_record_of_a_style_reward_changes_with_its_references(dinov2: str, s
     assert reward.describe() != before
 
 
+def test_style_images_count_whatever_the_case_of_their_ending(dinov2: str, style: Path) -> None:
+    Image.new("RGB", (8, 8)).save(style / "CAMERA.JPG")
+    assert len(DinoStyle(references=str(style), weights=dinov2).images) == 3
+
+
+def test_weights_in_several_files_are_read_with_their_index(dinov2: str, tmp_path: Path) -> None:
+    from transformers import Dinov2Model
+
+    Dinov2Model.from_pretrained(dinov2).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    asked = [one for pattern in DinoFeatures(str(tmp_path)).files()[0].patterns for one in pattern.split("|")]
+    assert all(any(path.match(one) for one in asked) for path in tmp_path.iterdir())
+
+
 def test_an_empty_style_folder_is_refused(dinov2: str, tmp_path: Path) -> None:
     with pytest.raises(MissingWeights, match="lack"):
         DinoStyle(references=str(tmp_path), weights=dinov2).prepare()
