@@ -26,11 +26,13 @@ from alignkit.errors import RecipeError, RewardError
 from alignkit.rewards import weights as on_disk
 from alignkit.rewards.card import Card
 from alignkit.rewards.features import DinoFeatures, Features, tiny_dinov2
+from alignkit.rewards.tensor_files import read_tensors
 from alignkit.rewards.weights import Files
 from alignkit.types import Prompt
 
 CLS_SHARE = 0.7  # of the score; the patches have the rest
 PATCH_WEIGHT = 0.3  # of the patches in the loss
+HEAD_FILES = "*.safetensors|*.pt|*.pth"
 HEALTHY = (0.6, 0.95)  # accuracy; above it the reward saturates, below it says nothing
 
 
@@ -174,7 +176,7 @@ class CriticReward:
             return Head(self.extractor.width, self.hidden)
 
     def _head_files(self) -> Files:
-        return Files(self.head, ("*.safetensors|*.pt|*.pth",))
+        return Files(self.head, (HEAD_FILES,))
 
     def files(self) -> tuple[Files, ...]:
         """The weights of the features, and the head where one is given."""
@@ -302,14 +304,7 @@ def _logits(head: nn.Module, features: Features, places: torch.Tensor, frozen: b
 
 def _read(found: Path, heads: Mapping[str, nn.Module]) -> None:
     """Set each head to what a file holds under its prefix, or without any prefix."""
-    if found.is_dir():
-        found = sorted(path for path in found.rglob("*") if path.suffix in (".safetensors", ".pt", ".pth"))[0]
-    if found.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(found)
-    else:
-        state = torch.load(found, map_location="cpu", weights_only=True)
+    state = read_tensors(found, HEAD_FILES)
     for prefix, head in heads.items():
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         _set(head, own or state, str(found))

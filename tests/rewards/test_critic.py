@@ -271,6 +271,18 @@ def test_a_head_in_the_published_classes_layout_is_read(ending: str, options: di
     torch.testing.assert_close(critic.averaged.state_dict(), state)
 
 
+def test_a_head_saved_as_a_checkpoint_is_opened_and_one_that_holds_code_is_refused(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    state = {name: value + 1 for name, value in CriticReward(**options).network.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "head.pth")
+    critic = CriticReward(**{**options, "head": str(tmp_path / "head.pth")})
+    torch.testing.assert_close(critic.network.state_dict(), state)
+    torch.save(critic.network, tmp_path / "head.pth")
+    with pytest.raises(RewardError, match="more than tensors"):
+        CriticReward(**{**options, "head": str(tmp_path / "head.pth")}).prepare()
+
+
 def test_a_head_of_another_width_or_without_a_layer_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RewardError, match="no head of this critic.*check `hidden`"):
         CriticReward(**{**options, "hidden": 32}).prepare()
