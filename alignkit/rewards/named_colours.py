@@ -54,10 +54,15 @@ def colour_of(crop: torch.Tensor, mask: torch.Tensor | None, names: Sequence[str
     Args:
         crop: (3, h, w) in [0, 1], the object's box.
         mask: (h, w) bool, its pixels; None: the middle half of the box each way, where most objects are.
+
+    Raises:
+        RewardError: the mask has no pixel, so that the object has no colour.
     """
     if mask is None:
         height, width = crop.shape[-2:]
         crop = crop[:, height // 4 : height - height // 4, width // 4 : width - width // 4]
         mask = torch.ones(crop.shape[-2:], dtype=torch.bool, device=crop.device)
+    if not mask.any():
+        raise RewardError(f"the mask of an object, {tuple(mask.shape)} of its box, has no pixel; it has no colour")
     votes = nearest(crop[:, mask].T, names)
     return names[int(votes.bincount(minlength=len(names)).argmax())]

@@ -270,6 +270,8 @@ def test_the_colour_of_an_object_is_that_of_its_mask_or_of_the_middle_of_its_box
     assert colour_of(crop, None) == "red"
     assert colour_of(crop, torch.ones(8, 8, dtype=torch.bool)) == "white"
     assert colour_of(crop, crop[1] < 0.5) == "red"
+    with pytest.raises(RewardError, match="has no pixel"):
+        colour_of(crop, torch.zeros(8, 8, dtype=torch.bool))
 
 
 def drawn() -> torch.Tensor:
