@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from alignkit.errors import RecipeError, RewardError
+from alignkit.rewards.dual_encoder import fill
 from alignkit.rewards.vision_language import PATTERNS, Chat, VisionLanguage
 from alignkit.rewards.weights import MissingWeights, frozen, on
 from alignkit.types import Prompt
@@ -201,7 +202,7 @@ def load_token_reward(
         )
     config.text_config.vocab_size = rows
     head = build_head(width)
-    head.load_state_dict({n.removeprefix("rm_head."): v for n, v in state.items() if n.startswith("rm_head.")})
+    fill(head, {n.removeprefix("rm_head."): v for n, v in state.items() if n.startswith("rm_head.")}, "rm_head.*")
     body = {n.removeprefix("model."): v for n, v in state.items() if n.startswith("model.")}
     loaded: Any = Qwen2VLModel.from_pretrained(
         None, config=config, state_dict=body, dtype=dtype, output_loading_info=True

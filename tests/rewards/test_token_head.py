@@ -129,6 +129,9 @@ def test_weights_of_another_model_name_what_lacks(options: dict[str, Any], tmp_p
     save_file(lacking, tmp_path / FILE)
     with pytest.raises(RewardError, match=r"not those of base .*missing_keys.*visual.merger.ln_q.weight"):
         HPSv3(**{**options, "weights": str(tmp_path)}).prepare()
+    save_file({name: value for name, value in state.items() if name != "rm_head.3.bias"}, tmp_path / FILE)
+    with pytest.raises(RewardError, match=r"rm_head.* lack 1 tensors of Sequential: 3.bias"):
+        HPSv3(**{**options, "weights": str(tmp_path)}).prepare()
     save_file({"something.weight": torch.zeros(1)}, tmp_path / FILE)
     with pytest.raises(RewardError, match=r"lack model.language_model.embed_tokens.weight"):
         HPSv3(**{**options, "weights": str(tmp_path)}).prepare()
