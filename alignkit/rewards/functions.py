@@ -126,10 +126,8 @@ def keyword_arguments(function: Callable[..., Any], media: torch.Tensor, prompts
         if parameter.default is parameter.empty and parameter.name not in offered:
             raise BrokenContract(
                 f"reward function {_own_name(function)} asks for a column {parameter.name!r}, which no "
-                "prompt "
-                f"of this batch has; columns found: {', '.join(sorted(columns)) or 'none'}. Add it to the "
-                "prompt "
-                "file, or give the parameter a default"
+                f"prompt of this batch has; columns found: {', '.join(sorted(columns)) or 'none'}. Add it to the "
+                "prompt file, or give the parameter a default"
             )
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return offered

@@ -1,5 +1,4 @@
-"""How many bytes an image takes as JPEG: the plainest reward that a model can be aligned with (DDPO, "
-"2305.13301)."""
+"""How many bytes an image takes as JPEG: the plainest reward that a model can be aligned with (DDPO, 2305.13301)."""
 
 from __future__ import annotations
 

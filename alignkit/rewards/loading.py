@@ -74,8 +74,7 @@ def split_options(spec: str) -> tuple[str, dict[str, Any]]:
     place, _, written = spec.partition("(")
     try:
         call = ast.parse(f"options({written}", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args or any(keyword.arg is None for keyword in call.keywords):
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("options are given by name")
         return place, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (ValueError, SyntaxError) as error:
@@ -177,8 +176,7 @@ def load_file(path: Path) -> ModuleType:
 
 
 def describe(reward: Reward) -> dict[str, Any]:
-    """A JSON record of a reward: name, kind, spec, what it says of itself, and for code of the user's the "
-    "file's hash."""
+    """A JSON record of a reward: name, kind, spec, what it says of itself, and the hash of a user's file."""
     code = reward.function if isinstance(reward, FunctionReward) else reward
     owner = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
     record: dict[str, Any] = {

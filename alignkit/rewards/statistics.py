@@ -49,8 +49,7 @@ def saturated_fraction(media: torch.Tensor) -> torch.Tensor:
 
 
 def edge_density(media: torch.Tensor) -> torch.Tensor:
-    """(B,) share of pixels with a Sobel gradient above `EDGE`, in [0, 1]. A step from 0 to 1 has gradient "
-    "1."""
+    """(B,) share of pixels with a Sobel gradient above `EDGE`, in [0, 1]. A step from 0 to 1 has gradient 1."""
 
     def share(x: torch.Tensor) -> torch.Tensor:
         sobel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=x.device) / 4

@@ -90,7 +90,9 @@ def test_options_stand_behind_a_name() -> None:
     assert with_options('x(a=1, b="c")', {"a": 2}) == "x(a=2, b='c')"
 
 
-@pytest.mark.parametrize("spec", ["ocr(detect=maybe)", "ocr(True)", "ocr(**{})", "ocr(detect=)"])
+@pytest.mark.parametrize(
+    "spec", ["ocr(detect=maybe)", "ocr(True)", "ocr(**{})", "ocr(detect=)", "ocr(threads=1) + (2)"]
+)
 def test_options_that_are_no_literals_by_name_are_refused_with_an_example(spec: str) -> None:
     with pytest.raises(RecipeError, match=r"Python literals by name"):
         load(spec)
