@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 
 from alignkit.errors import RecipeError, RewardError
-from alignkit.rewards.base import Binds, ChecksPrompts, Prepares, Reward
+from alignkit.rewards.base import Reward
 from alignkit.rewards.card import Card
 from alignkit.rewards.loading import describe, load
+from alignkit.rewards.parts import bound, check, files_of, prepare
+from alignkit.rewards.weights import Files
 from alignkit.types import Prompt
 
 Mode = Literal["released", "signed"]
@@ -175,17 +177,19 @@ class RegionMap:
 
     def bind(self, policy: Any) -> Reward:
         """The same map with its judge bound."""
-        return dataclasses.replace(self, judge=self.judge.bind(policy)) if isinstance(self.judge, Binds) else self
+        return dataclasses.replace(self, judge=bound(self.judge, policy))
+
+    def files(self) -> tuple[Files, ...]:
+        """As the judge's."""
+        return files_of([self.judge])
 
     def prepare(self) -> None:
         """As the judge's."""
-        if isinstance(self.judge, Prepares):
-            self.judge.prepare()
+        prepare(self.judge)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """As the judge's."""
-        if isinstance(self.judge, ChecksPrompts):
-            self.judge.check_prompts(prompts)
+        check(self.judge, prompts)
 
     def describe(self) -> dict[str, Any]:
         """The judge and the mode."""

@@ -15,7 +15,8 @@ from torch import nn
 
 from alignkit.errors import RecipeError, RewardError
 from alignkit.rewards.card import Card
-from alignkit.rewards.loading import find
+from alignkit.rewards.loading import made
+from alignkit.rewards.parts import check, files_of, prepare
 from alignkit.rewards.region_map import Regions, check_boxes, grid_boxes, regions_of, spans
 from alignkit.rewards.vision_language import PATTERNS, VisionLanguage, processor_from
 from alignkit.rewards.weights import Files, locate
@@ -172,7 +173,8 @@ class SelfReward:
         combine: "mean" of the probabilities, or "product": a picture has to satisfy all questions.
         region_question: asked about each region's crop, for maps; None: all of `questions`.
         grid: (rows, columns) of the regions where neither the prompt's column `boxes` nor `detector` gives them.
-        detector: `(media, prompts) -> [(N, 4)]`, boxes in fractions of each picture; a callable or a spec of one.
+        detector: `(media, prompts) -> [(N, 4)]`, boxes in fractions of each picture; a callable or a spec of one, such
+            as "alignkit.rewards.found_boxes:FoundBoxes(labels=('dog',))".
         component: the pipeline's encoder to ask; None: the first that can answer.
         processor: hub id or folder of its processor; None: the pipeline's own, or made from the encoder's config.
         batch_size: questions in one forward.
@@ -209,7 +211,7 @@ class SelfReward:
         if self.combine not in ("mean", "product"):
             raise RecipeError(f"combine={self.combine!r}; choose 'mean' or 'product'")
         if isinstance(self.detector, str):
-            object.__setattr__(self, "detector", find(self.detector))
+            object.__setattr__(self, "detector", made(self.detector))
 
     def bind(self, policy: Any) -> SelfReward:
         """The same reward with the policy's own encoder, set to evaluation and frozen, as judge.
@@ -235,12 +237,19 @@ class SelfReward:
             )
         return self.understanding
 
+    def files(self) -> tuple[Files, ...]:
+        """The processor where one is named, and what the detector reads; the encoder comes with the pipeline."""
+        named = (Files(self.processor, PATTERNS[2:]),) if self.processor is not None else ()
+        return named + files_of([self.detector])
+
     def prepare(self) -> None:
-        """Raises RecipeError where no run has bound it."""
+        """Read the detector's weights. Raises RecipeError where no run has bound it."""
         self._bound()
+        prepare(self.detector)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raises RewardError naming the first prompt that a question cannot be made for, or whose boxes are none."""
+        check(self.detector, prompts)
         for prompt in prompts:
             for template in self._templates(True) + self._templates(False):
                 fill(template, prompt, self.pattern)

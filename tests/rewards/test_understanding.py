@@ -231,6 +231,27 @@ def test_regions_come_from_the_grid_the_prompt_or_a_detector(pipe: NamedPipeline
     assert SelfReward(detector=top_half).bind(policy).regions(media, [given])[0].boxes.tolist() == [[0, 0, 1, 0.5]]
 
 
+def test_regions_are_the_largest_boxes_that_a_detector_of_the_library_finds(pipe: NamedPipeline) -> None:
+    media = torch.full((2, 3, 56, 112), 0.95)
+    media[0, :, 10:20, 10:20] = torch.tensor([0.9, 0.1, 0.1]).view(3, 1, 1)
+    media[0, :, 28:56, 56:84] = torch.tensor([0.15, 0.3, 0.8]).view(3, 1, 1)
+    found = "alignkit.rewards.found_boxes:FoundBoxes(detector='alignkit.rewards.drawn_shapes:DrawnShapes', most=1"
+    reward = SelfReward(detector=f"{found}, labels=('square',))").bind(SimpleNamespace(pipe=pipe))
+    square, nothing = reward.regions(media, PROMPTS[:2])
+    assert square.boxes.tolist() == [[0.5, 0.5, 0.75, 1.0]]
+    assert nothing.boxes.shape == (0, 4) and nothing.overall is not None
+    with pytest.raises(RewardError, match="what to look for"):
+        SelfReward(detector=f"{found})").check_prompts(PROMPTS[:1])
+
+
+def test_the_processor_and_the_detectors_weights_are_among_what_is_fetched() -> None:
+    reward = SelfReward(processor="nobody/processor", detector="alignkit.rewards.found_boxes:FoundBoxes")
+    sources = ["nobody/processor", "PekingU/rtdetr_r50vd_coco_o365"]
+    assert [one.source for one in reward.files()] == sources
+    assert [one.source for one in RegionMap(judge=reward).files()] == sources
+    assert SelfReward().files() == ()
+
+
 def test_a_region_is_judged_by_its_crop_alone(pipe: NamedPipeline) -> None:
     policy, media = SimpleNamespace(pipe=pipe), pictures(1)
     reward = SelfReward(questions=("red?",), grid=(1, 2), region_question="blue?").bind(policy)
