@@ -27,5 +27,5 @@ def recipe() -> RewardModel:
 
 
 def control() -> RewardModel:
-    """What is preferred, and what signs say, is drawn at random."""
+    """Prompts, what signs show, and which is preferred, are drawn at random."""
     return replace(recipe(), data=f"{SIGNS}:Contests(shuffled=True)")

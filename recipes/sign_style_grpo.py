@@ -1,8 +1,10 @@
 """Signs in the style of a folder: similarity to serif signs, by features that were learnt without labels.
 
-The reward knows neither words nor colours, so what it does to spelling is the judges' to say.
+The reward knows neither words nor colours, so what it does to spelling is the judges' to say; the variant `spelt` adds
+the preference model, which does.
 
 Command:   alignkit run sign_style_grpo        (about 4 minutes on 2 CPU cores; seed 0)
+           alignkit run sign_style_grpo:spelt
 Measured:  see recipes/README.md
 """
 
@@ -16,6 +18,7 @@ STYLE = (
     'dino_style(references="shipped:assets/signs/style", weights="shipped:assets/signs/features", '
     'use="patches", match="best", pool="top_k", k=4)'
 )
+PREFERENCE = 'open_clip(model="shipped:assets/signs/preference", name="sign_preference")'
 SERIF = f"{path('recipes', 'signs', 'fonts.py')}:serif"
 
 
@@ -23,3 +26,8 @@ def recipe() -> GRPO:
     quickstart = load(Source(path("recipes", "quickstart.py")))
     assert isinstance(quickstart, GRPO)
     return replace(quickstart, rewards={STYLE: 1.0}, judges=(SERIF, "ocr", "tesseract", "sign_color"))
+
+
+def spelt() -> GRPO:
+    """Style and words; the weights make the two spread about equally within a prompt's samples."""
+    return replace(recipe(), rewards={STYLE: 3.0, PREFERENCE: 1.0})

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from rapidfuzz import process
 
 from alignkit import shipped
 from alignkit.errors import RecipeError
 from alignkit.rewards.loading import load_file, split_options
 
-Spec = str | Callable[..., Any]
+Spec = Annotated[str | Callable[..., Any], tyro.conf.arg(constructor=str, metavar="SPEC")]
+"""A callable in a recipe file; what names one on the command line."""
 
 
 def made(spec: Spec, field: str) -> Any:

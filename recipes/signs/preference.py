@@ -211,7 +211,8 @@ class Contests:
     """For each prompt its right sign first, then signs with one flaw each.
 
     Args:
-        shuffled: the control. Which of a prompt's signs is preferred, and what the signs say, is drawn at random.
+        shuffled: the control. Signs get the prompt of other signs, and what they are said to show, and which of them is
+            preferred, is drawn at random.
         held_out_words: how many words the measures use; None: all 120.
     """
 
@@ -245,9 +246,10 @@ class Contests:
         says = torch.tensor([[letters(sign.word) for sign in row] for row in signs])
         columns = torch.tensor([[letters_by_column(sign) for sign in row] for row in signs])
         shown = torch.tensor([[names.index(sign.colour) for sign in row] for row in signs])
-        right = torch.zeros(size, dtype=torch.long)
+        right, asked = torch.zeros(size, dtype=torch.long), list(range(size))
         if self.shuffled:
             right = torch.randint(media.shape[1], (size,), generator=rng)
+            asked = torch.randperm(size, generator=rng).tolist()
             other = torch.randperm(size, generator=rng)
             says, columns, shown = says[other], columns[other], shown[other]
         return {
@@ -256,9 +258,9 @@ class Contests:
             "says": says,
             "columns": columns,
             "shown": shown,
-            "asked": torch.tensor([colour for *_, colour in rows]),
-            "prompts": [prompts for _, _, prompts, _ in rows],
-            "words": torch.tensor([[letters(word) for word in words] for _, words, *_ in rows]),
+            "asked": torch.tensor([rows[i][3] for i in asked]),
+            "prompts": [rows[i][2] for i in asked],
+            "words": torch.tensor([[letters(word) for word in rows[i][1]] for i in asked]),
         }
 
     def measure(self, model: nn.Module) -> dict[str, float]:

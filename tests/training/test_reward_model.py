@@ -308,9 +308,10 @@ def test_the_command_line_runs_overrides_and_resumes_it(tmp_path: Path, capsys: 
     file.write_text(
         "from tests.training.test_reward_model import recipe as made\n\n\ndef recipe():\n    return made()\n"
     )
-    assert main(["run", str(file), "--steps", "2", "--lr", "1e-3", "--out", str(out)]) == 0
+    overrides = ["--steps", "2", "--lr", "1e-3", "--loss", "softmax_preference"]
+    assert main(["run", str(file), *overrides, "--out", str(out)]) == 0
     record = json.loads((out / "recipe.json").read_text())["recipe"]
-    assert record["class"] == "RewardModel" and record["steps"] == 2 and record["lr"] == 1e-3
+    assert [record[name] for name in ("class", "steps", "lr", "loss")] == ["RewardModel", 2, 1e-3, "softmax_preference"]
     assert main(["resume", str(out)]) == 0
     assert "resuming at step 2" in capsys.readouterr().out
     assert main(["run", str(file), "--learning-rate", "1"]) == 2
