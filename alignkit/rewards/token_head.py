@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from alignkit.errors import RecipeError, RewardError
 from alignkit.rewards.dual_encoder import fill
 from alignkit.rewards.vision_language import PATTERNS, Chat, VisionLanguage
-from alignkit.rewards.weights import MissingWeights, frozen, on
+from alignkit.rewards.weights import DTYPES, MissingWeights, frozen, on
 from alignkit.types import Prompt
 
 _TEXT = {
@@ -211,7 +211,8 @@ def load_token_reward(
     wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise RewardError(f"the weights are not those of base {str(base)!r}: {wrong}")
-    module = TokenReward(frozen(backbone, dtype), frozen(head), ids).eval()
+    # The published code trains and scores with the rotary frequencies in bfloat16 too, which `frozen` would keep exact.
+    module = TokenReward(frozen(backbone, dtype).to(DTYPES[dtype]), frozen(head), ids).eval()
     return VisionLanguage(module, processor, **options)
 
 

@@ -99,6 +99,8 @@ def test_gradients_reach_the_pixels(options: dict[str, Any], checkpointing: bool
 
 def test_a_bfloat16_backbone_is_read_by_a_float32_head(options: dict[str, Any], reward: HPSv3) -> None:
     half = HPSv3(**{**options, "dtype": "bfloat16"})
+    frequencies = [x for n, x in half.reader.model.model.named_buffers() if n.endswith("inv_freq")]
+    assert frequencies and {x.dtype for x in frequencies} == {torch.bfloat16}  # as the published code has them
     scores = evaluate(half, pictures(), PROMPTS).scores
     assert scores.dtype == torch.float32 and half.reader.model.rm_head[0].weight.dtype == torch.float32
     torch.testing.assert_close(scores, evaluate(reward, pictures(), PROMPTS).scores, atol=0.1, rtol=0.1)
