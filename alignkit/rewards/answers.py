@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ def spellings(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
     Raises:
         RecipeError: an answer has no token that is only its own.
     """
+    return _spellings(tokenizer, tuple(answers))
+
+
+@lru_cache(maxsize=64)  # a vocabulary has 150,000 tokens
+def _spellings(tokenizer: Any, answers: tuple[str, ...]) -> list[list[int]]:
     wanted = [answer.strip().casefold() for answer in answers]
     whole: dict[str, list[int]] = defaultdict(list)
     for piece, token in tokenizer.get_vocab().items():

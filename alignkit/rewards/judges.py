@@ -29,7 +29,7 @@ from alignkit.types import Prompt
 
 WEIGHTS = "Qwen/Qwen2.5-VL-7B-Instruct"
 LICENCE = "Apache-2.0"
-COST = "8.3 B parameters, 16.6 GB in bfloat16"
+COST = "8.3 B parameters; 33 GB, or 17 GB with dtype='bfloat16'"
 
 _PLACE = re.compile(r"\{(\w+)\}")
 

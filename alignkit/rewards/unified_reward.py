@@ -21,7 +21,7 @@ from alignkit.types import Prompt
 
 WEIGHTS = "CodeGoat24/UnifiedReward-qwen-7b"
 LICENCE = "MIT"
-COST = "8.3 B parameters, 16.6 GB in bfloat16; writes text"
+COST = "8.3 B parameters; 33 GB, or 17 GB with dtype='bfloat16'; writes text"
 PIXELS = 512 * 512
 LOWEST, HIGHEST = 1, 5
 
