@@ -1,0 +1,61 @@
+"""Flow-GRPO on the sign generator with no reward but its own text encoder's answers about what it drew.
+
+Command:   alignkit run sign_self_reward        (2 CPU cores, busy; 175 s training, 250 s with all assessments; seed 0)
+Measured:  120 held-out words: own reward 0.653 -> 0.912; never trained on: OCR exact 0.342 -> 0.875, Tesseract exact
+           0.350 -> 0.842, colour 1.000 -> 1.000; guidance alone: OCR exact 0.625. Not unsupervised: the encoder was
+           taught on rendered signs whose words were known (`sign_judge`).
+           What it lets through: of 480 fresh pictures the share that it confirms and RapidOCR does not fell from 0.067
+           to 0.042, but of those that RapidOCR reads otherwise it now confirms 0.43 (before 0.11), such as N for M.
+"""
+
+from dataclasses import replace
+
+from alignkit.flow.transition import Noise
+from alignkit.policy import LoRA
+from alignkit.rewards.loading import with_options
+from alignkit.training.grpo import GRPO
+
+COLOUR, WORD = "is the sign {colour}?", 'does the sign say "{word}"?'
+PATTERN = 'an? (?P<colour>[a-z]+) sign that says "(?P<word>[A-Z]+)"'
+
+
+def recipe() -> GRPO:
+    return GRPO(
+        model="shipped:assets/signs/generator",
+        prompts="shipped:assets/signs/train.txt",
+        eval_prompts="shipped:assets/signs/held_out.txt",
+        rewards={with_options("self_reward", {"questions": (COLOUR, WORD), "pattern": PATTERN}): 1.0},
+        judges=("ocr", "tesseract", "sign_color"),  # never trained on
+        call={"height": 24, "width": 64, "true_cfg_scale": 1.0},
+        guidance_baseline={"true_cfg_scale": 4.0, "negative_prompt": " "},
+        train=LoRA(rank=16, alpha=32.0),
+        num_steps=6,
+        eval_steps=8,
+        noise=Noise("flow_sde", 0.7),
+        plan="random",
+        window=2,
+        window_last=2,  # which letter is drawn is decided in the first half of the steps
+        steps=40,
+        prompts_per_step=8,
+        group_size=8,
+        updates=4,
+        lr=3e-3,
+        warmup=3,
+        lr_schedule="linear",
+        clip=1e-3,
+        kl_beta=0.02,
+        ema_decay=0.8,
+        eval_every=10,
+        sample_prompts=12,
+    )
+
+
+def control() -> GRPO:
+    """Only the colour is asked about, which the generator has right already. Its own reward rises (0.969 -> 0.981) and
+    what nobody asks about is lost: OCR exact 0.342 -> 0.108. 40 rounds, seed 0."""
+    return replace(recipe(), rewards={with_options("self_reward", {"questions": (COLOUR,), "pattern": PATTERN}): 1.0})
+
+
+def longer() -> GRPO:
+    """Two and a half times as long: how far the judge can be pushed. Not yet run."""
+    return replace(recipe(), steps=100)
