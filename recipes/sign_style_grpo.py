@@ -1,10 +1,10 @@
 """Signs in the style of a folder: similarity to serif signs, by features that were learnt without labels.
 
-The reward knows neither words nor colours, so what it does to spelling is the judges' to say; the variant `spelt` adds
-the preference model, which does.
+Features that know neither words nor colours can be pleased by letters that nobody asked for, so the preference model
+has a say too; the variant `alone` leaves it out and shows what happens then.
 
 Command:   alignkit run sign_style_grpo        (about 4 minutes on 2 CPU cores; seed 0)
-           alignkit run sign_style_grpo:spelt
+           alignkit run sign_style_grpo:alone
 Measured:  see recipes/README.md
 """
 
@@ -23,11 +23,13 @@ SERIF = f"{path('recipes', 'signs', 'fonts.py')}:serif"
 
 
 def recipe() -> GRPO:
+    """Style and words; the weights make the two spread about equally within a prompt's samples."""
     quickstart = load(Source(path("recipes", "quickstart.py")))
     assert isinstance(quickstart, GRPO)
-    return replace(quickstart, rewards={STYLE: 1.0}, judges=(SERIF, "ocr", "tesseract", "sign_color"))
+    judges = (SERIF, "ocr", "tesseract", "sign_color")
+    return replace(quickstart, rewards={STYLE: 3.0, PREFERENCE: 1.0}, judges=judges)
 
 
-def spelt() -> GRPO:
-    """Style and words; the weights make the two spread about equally within a prompt's samples."""
-    return replace(recipe(), rewards={STYLE: 3.0, PREFERENCE: 1.0})
+def alone() -> GRPO:
+    """Nothing but style."""
+    return replace(recipe(), rewards={STYLE: 1.0})
