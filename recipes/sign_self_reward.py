@@ -57,5 +57,7 @@ def control() -> GRPO:
 
 
 def longer() -> GRPO:
-    """Two and a half times as long: how far the judge can be pushed. Not yet run."""
+    """Two and a half times as long. Own reward 0.921, OCR exact 0.867, Tesseract exact 0.800 (0.912, 0.875, 0.842 after
+    40 rounds), diversity 0.159 -> 0.105 (40 rounds: 0.150); of what RapidOCR reads otherwise it confirms more: mean
+    probability of yes 0.60 (40 rounds: 0.40). 561 s of training, seed 0."""
     return replace(recipe(), steps=100)
