@@ -10,44 +10,20 @@ Measured:  120 held-out words: own reward 0.653 -> 0.912; never trained on: OCR 
 
 from dataclasses import replace
 
-from alignkit.flow.transition import Noise
-from alignkit.policy import LoRA
 from alignkit.rewards.loading import with_options
+from alignkit.shipped import path
 from alignkit.training.grpo import GRPO
+from alignkit.training.recipe_files import Source, load
 
 COLOUR, WORD = "is the sign {colour}?", 'does the sign say "{word}"?'
 PATTERN = 'an? (?P<colour>[a-z]+) sign that says "(?P<word>[A-Z]+)"'
 
 
 def recipe() -> GRPO:
-    return GRPO(
-        model="shipped:assets/signs/generator",
-        prompts="shipped:assets/signs/train.txt",
-        eval_prompts="shipped:assets/signs/held_out.txt",
-        rewards={with_options("self_reward", {"questions": (COLOUR, WORD), "pattern": PATTERN}): 1.0},
-        judges=("ocr", "tesseract", "sign_color"),  # never trained on
-        call={"height": 24, "width": 64, "true_cfg_scale": 1.0},
-        guidance_baseline={"true_cfg_scale": 4.0, "negative_prompt": " "},
-        train=LoRA(rank=16, alpha=32.0),
-        num_steps=6,
-        eval_steps=8,
-        noise=Noise("flow_sde", 0.7),
-        plan="random",
-        window=2,
-        window_last=2,  # which letter is drawn is decided in the first half of the steps
-        steps=40,
-        prompts_per_step=8,
-        group_size=8,
-        updates=4,
-        lr=3e-3,
-        warmup=3,
-        lr_schedule="linear",
-        clip=1e-3,
-        kl_beta=0.02,
-        ema_decay=0.8,
-        eval_every=10,
-        sample_prompts=12,
-    )
+    quickstart = load(Source(path("recipes", "quickstart.py")))
+    assert isinstance(quickstart, GRPO)
+    own = with_options("self_reward", {"questions": (COLOUR, WORD), "pattern": PATTERN})
+    return replace(quickstart, rewards={own: 1.0}, judges=("ocr", "tesseract", "sign_color"), time_limit=None)
 
 
 def control() -> GRPO:
