@@ -19,7 +19,7 @@ STYLE = (
     'use="patches", match="best", pool="top_k", k=4)'
 )
 PREFERENCE = 'open_clip(model="shipped:assets/signs/preference", name="sign_preference")'
-SERIF = f"{path('recipes', 'signs', 'fonts.py')}:serif"
+SERIF = "shipped:recipes/signs/fonts.py:serif"
 
 
 def recipe() -> GRPO:

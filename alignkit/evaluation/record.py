@@ -61,7 +61,7 @@ class RunRecord:
     missing: tuple[str, ...]
 
     def changes(self, kind: str) -> dict[str, Change]:
-        """`summary[kind]`, for `rewards`, `judges` or `own_scheduler`, by name."""
+        """`summary[kind]`, for `rewards`, `judges`, `measures` or `own_scheduler`, by name."""
         return as_changes(self.summary.get(kind))
 
 
@@ -79,7 +79,8 @@ def read_run(folder: Path) -> RunRecord:
     unfinished = "the run has not finished or was stopped, and the numbers below are the last it recorded"
     summary = _read_object(folder / "summary.json", unfinished, missing)
     metrics = _read_metrics(folder / "metrics.jsonl", missing)
-    grids = _read_grids(folder / "samples", missing)
+    draws = "measures" not in summary  # a reward model draws nothing
+    grids = _read_grids(folder / "samples", missing) if draws else ()
     return RunRecord(folder, recipe, env, summary, metrics, grids, tuple(missing))
 
 

@@ -33,7 +33,7 @@ class Card:
     def tone(self) -> str:
         """How the change is coloured."""
         if monitors.fell(self.change):
-            return "fell"
+            return "slipped" if self.kind == "held out" else "fell"  # a reward model may have to forget something
         if self.change.before == self.change.after:
             return "flat"
         return "rose" if monitors.rose(self.change) else "slipped"
@@ -129,11 +129,11 @@ def render(record: RunRecord) -> str:
 
 
 def cards(record: RunRecord) -> list[Card]:
-    """Trained rewards, then judges; without a summary, the held-out metrics so far."""
+    """Trained rewards, then judges, or a reward model's measures; without a summary, the held-out metrics so far."""
     guidance, own = monitors.guidance_baseline(record), record.changes("own_scheduler")
     found = [
         Card(name, kind, change, guidance.get(name), own.get(name))
-        for kind, entry in (("trained", "rewards"), ("judge", "judges"))
+        for kind, entry in (("trained", "rewards"), ("judge", "judges"), ("held out", "measures"))
         for name, change in record.changes(entry).items()
         if change.before is not None or change.after is not None
     ]

@@ -16,12 +16,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from rapidfuzz import process
 
+from alignkit import shipped
 from alignkit.errors import RecipeError, RewardError
 from alignkit.rewards.base import Reward
 from alignkit.rewards.card import HasTiny, HasWeights
 from alignkit.rewards.functions import FunctionReward, as_reward
 from alignkit.rewards.table import TABLE
-from alignkit.rewards.weights import present
+from alignkit.rewards.weights import SHIPPED, present
 
 _FILE_MODULE = "alignkit_file_"
 
@@ -37,8 +38,8 @@ def load(spec: str | Callable[..., Any], **options: Any) -> Reward:
     """The reward that `spec` names.
 
     Args:
-        spec: a name of `TABLE`; `package.module:Name`; `path/file.py:name`, which runs the file; each also
-            with options, `name(option="value", other=2)`; or a callable.
+        spec: a name of `TABLE`; `package.module:Name`; `path/file.py:name` or `shipped:recipes/file.py:name`, which
+            run the file; each also with options, `name(option="value", other=2)`; or a callable.
         options: arguments of the class that is named; they come after those in `spec`.
 
     Raises:
@@ -127,11 +128,16 @@ def find(spec: str) -> Any:
             f"there is no reward {spec!r}{_nearest(spec, list(TABLE))}; or give "
             f"'package.module:Name' or 'path/file.py:name'. Known: {', '.join(TABLE)}"
         )
-    module = load_file(Path(place)) if place.endswith(".py") else _import(spec, place)
+    module = load_file(_file(place)) if place.endswith(".py") else _import(spec, place)
     if name not in vars(module):
         own = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise RecipeError(f"reward {spec!r}: {place} has no {name!r}{_nearest(name, own)}")
     return vars(module)[name]
+
+
+def _file(place: str) -> Path:
+    shipped_path = place.removeprefix(SHIPPED)
+    return Path(place) if shipped_path == place else shipped.path(*shipped_path.split("/"))
 
 
 def _nearest(name: str, known: list[str]) -> str:

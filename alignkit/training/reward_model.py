@@ -249,7 +249,8 @@ class RewardTraining:
             "steps": self.state.step,
             "parameters": sum(p.numel() for p in self.scorer.parameters()),
             "rewards": {},
-            "judges": both,  # held-out measures: training never sees them
+            "judges": {},
+            "measures": both,  # of the scorer, on examples that training never sees
             "diversity": {"before": None, "after": None, "parts": {}},
         }
         self.directory.write_json("summary.json", summary)

@@ -167,3 +167,8 @@ def test_tiny_keeps_the_judge_that_a_win_rate_was_given(tmp_path: Path) -> None:
     assert (place, options["batch"]) == ("win_rate", 2)
     assert split_options(options["judge"])[0] == "unified_reward_pair"
     assert Path(split_options(options["judge"])[1]["weights"]).is_dir()
+
+
+def test_a_file_that_ships_is_found_by_its_prefix() -> None:
+    reward = load("shipped:recipes/signs/fonts.py:serif")
+    assert reward.name == "serif" and describe(reward)["sha256"]

@@ -71,7 +71,7 @@ def recipe(**fields: object) -> RewardModel:
 
 
 def summary(folder: Path) -> dict[str, float]:
-    return json.loads((folder / "summary.json").read_text())["judges"]["pair accuracy"]
+    return json.loads((folder / "summary.json").read_text())["measures"]["pair accuracy"]
 
 
 def session(made: RewardModel, folder: Path) -> RewardTraining:
@@ -106,7 +106,9 @@ def test_a_run_leaves_model_summary_report_and_records(tmp_path: Path) -> None:
     for name in ("model/model.safetensors", "report.html", "env.json", "recipe.json", "summary.json"):
         assert (tmp_path / "run" / name).is_file(), name
     assert [("heldout/pair accuracy" in line) for line in metrics(tmp_path / "run")] == [False, True, False, True]
-    assert "pair accuracy" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "pair accuracy" in page and "held-out examples" in page
+    assert "there are no pictures" not in page, "a reward model draws none"
 
 
 def test_the_saved_model_is_the_moving_average(tmp_path: Path) -> None:
