@@ -2,7 +2,9 @@
 
     python recipes/signs/build.py --out runs/signs [--stages vae wide ...] [--seed 0]
 
-Stages go on where an interrupted run stopped. README.md beside this file says what they cost and score.
+Stages go on where an interrupted run stopped. README.md beside this file says what they cost and score. Afterwards the
+text encoder learns to answer questions: `alignkit run sign_judge`, whose model/text_encoder and model/tokenizer then
+take the place of the generator's.
 """
 
 from __future__ import annotations
