@@ -285,6 +285,8 @@ def test_score_gives_each_picture_its_own_number(here: Path, capsys: pytest.Capt
         Image.new("RGB", (16, 16), (value,) * 3).save(here / f"{name}.png")
     found = printed(capsys, "score", "brightness", "dark.png", "light.png", "--prompt", "x", "--json")
     assert [row["scores"]["brightness"] for row in json.loads(found)] == pytest.approx([0.0, 1.0])
+    (read,) = json.loads(printed(capsys, "score", "ocr,brightness", "dark.png", "--prompt", 'says "A"', "--json"))
+    assert read["engines"]["ocr"].startswith("rapidocr ") and set(read["engines"]) == {"ocr"}
     lines = printed(capsys, "score", "brightness", "dark.png", "--prompt", "x").splitlines()
     assert lines == ["image\tbrightness\tprompt", "dark.png\t0.0000\tx"]
 

@@ -12,7 +12,7 @@ from einops import rearrange
 from PIL import Image, UnidentifiedImageError
 
 from alignkit.errors import DataError, RecipeError
-from alignkit.rewards import Weighted
+from alignkit.rewards import Weighted, describe
 from alignkit.types import Prompt
 
 
@@ -35,7 +35,9 @@ def read_image(file: Path) -> torch.Tensor:
 
 
 def score_files(rewards: Sequence[str], files: Sequence[Path], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-    """One record per picture: file, prompt, and the score of each reward (None where it does not apply).
+    """One record per picture: file, prompt, the score of each reward (None where it does not apply), and the engines.
+
+    `engines` says which engine in which version a reward reads with: two engines' scores do not compare.
 
     Raises:
         RecipeError: the numbers of pictures and prompts differ, or no reward is named.
@@ -47,9 +49,13 @@ def score_files(rewards: Sequence[str], files: Sequence[Path], prompts: Sequence
         raise RecipeError("no reward given; `alignkit rewards` lists those that have a name")
     judges = Weighted(dict.fromkeys(rewards, 1.0))
     judges.check_prompts(prompts)
+    described = {name: describe(reward) for name, reward in judges.rewards.items()}
+    engines = {
+        name: f"{d['engine']} {d['version']}" for name, d in described.items() if {"engine", "version"} <= set(d)
+    }
     records: list[dict[str, Any]] = []
     for file, prompt in zip(files, prompts, strict=True):
         parts = judges(read_image(file)[None], [prompt]).parts
         scores = {name: None if bool(value.isnan()) else float(value) for name, value in parts.items()}
-        records.append({"image": str(file), "prompt": str(prompt), "scores": scores})
+        records.append({"image": str(file), "prompt": str(prompt), "scores": scores, "engines": engines})
     return records
