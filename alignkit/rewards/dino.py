@@ -173,7 +173,8 @@ class DinoStyle:
         references: folder (or `shipped:assets/...`, or a hub id) of the style images.
         weights, size, dtype: see `DinoFeatures`.
         use, match: see `similarities`. The default compares what the patches look like, wherever they are.
-        pool, k: see `pooled`.
+        pool, k: see `pooled`. The nearest few, because what all references have in common outweighs their style in a
+            mean over many (measured on signs, `recipes/signs/README.md`).
     """
 
     references: str
@@ -181,7 +182,7 @@ class DinoStyle:
     size: tuple[int, int] | None = None
     use: str = "both"
     match: str = "best"
-    pool: str = "mean"
+    pool: str = "top_k"
     k: int = 3
     dtype: str = "float32"
     name: str = "dino_style"
