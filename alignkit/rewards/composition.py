@@ -15,12 +15,12 @@ from einops import reduce
 from torch.nn import functional as F
 
 from alignkit.errors import RecipeError, RewardError
-from alignkit.rewards.base import Prepares
 from alignkit.rewards.card import Card, HasWeights
 from alignkit.rewards.detection import Detector, tiny_detector
 from alignkit.rewards.detections import ChecksLabels, Detections, DetectorCall, detect, kept
 from alignkit.rewards.loading import find, load
 from alignkit.rewards.named_colours import COLOURS, colour_of
+from alignkit.rewards.parts import files_of, prepare
 from alignkit.rewards.scenes import Request, Verdict, judge, request_of
 from alignkit.rewards.weights import Files, present
 from alignkit.types import Prompt
@@ -187,13 +187,12 @@ class GenEval:
 
     def files(self) -> tuple[Files, ...]:
         """Those of the detector, and of what tells the colours."""
-        return tuple(file for part in self._parts() if isinstance(part, HasWeights) for file in part.files())
+        return files_of(self._parts())
 
     def prepare(self) -> None:
         """Read the weights."""
         for part in self._parts():
-            if isinstance(part, Prepares):
-                part.prepare()
+            prepare(part)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raises RewardError naming the first prompt whose columns cannot be read, or ask for an unknown class."""

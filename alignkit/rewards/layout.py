@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 
 from alignkit.errors import RecipeError, RewardError
-from alignkit.rewards.base import Prepares
-from alignkit.rewards.card import Card, HasWeights
+from alignkit.rewards.card import Card
 from alignkit.rewards.composition import check_labels, detector_of, spec_of
 from alignkit.rewards.detection import tiny_detector
 from alignkit.rewards.detections import Detections, DetectorCall, detect, kept
+from alignkit.rewards.parts import files_of, prepare
 from alignkit.rewards.weights import Files
 from alignkit.types import Prompt
 
@@ -169,12 +169,11 @@ class BoxIoU:
 
     def files(self) -> tuple[Files, ...]:
         """Those of the detector."""
-        return tuple(self.finder.files()) if isinstance(self.finder, HasWeights) else ()
+        return files_of([self.finder])
 
     def prepare(self) -> None:
         """Read the weights."""
-        if isinstance(self.finder, Prepares):
-            self.finder.prepare()
+        prepare(self.finder)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raises RewardError naming the first prompt without usable boxes, or with a label that cannot be found."""

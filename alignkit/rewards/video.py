@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 
 from alignkit.errors import RecipeError, RewardError
-from alignkit.rewards.base import Binds, ChecksPrompts, Evaluation, Prepares, Reward, evaluate
-from alignkit.rewards.card import Card, HasWeights
+from alignkit.rewards.base import Evaluation, Reward, evaluate
+from alignkit.rewards.card import Card
 from alignkit.rewards.frames import middles, one_per_segment
 from alignkit.rewards.loading import describe, load
 from alignkit.rewards.optical_flow import optical_flow
+from alignkit.rewards.parts import bound, check, files_of, prepare
 from alignkit.rewards.pixels import luminance
 from alignkit.rewards.weights import Files
 from alignkit.types import Prompt
@@ -95,23 +96,20 @@ class Segmental:
 
     def files(self) -> Sequence[Files]:
         """Those of the image reward."""
-        return self.image_reward.files() if isinstance(self.image_reward, HasWeights) else ()
+        return files_of([self.image_reward])
 
     def prepare(self) -> None:
         """As the image reward's."""
-        if isinstance(self.image_reward, Prepares):
-            self.image_reward.prepare()
+        prepare(self.image_reward)
 
     def bind(self, policy: Any) -> Reward:
         """The same with an image reward that has what it needs of the policy."""
-        if not isinstance(self.image_reward, Binds):
-            return self
-        return dataclasses.replace(self, reward=self.image_reward.bind(policy))
+        own = bound(self.image_reward, policy)
+        return self if own is self.image_reward else dataclasses.replace(self, reward=own)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """As the image reward's."""
-        if isinstance(self.image_reward, ChecksPrompts):
-            self.image_reward.check_prompts(prompts)
+        check(self.image_reward, prompts)
 
     def describe(self) -> dict[str, Any]:
         """What the frames are scored by."""
