@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -61,7 +62,9 @@ def locate(files: Files, download: bool = True) -> Path:
     if found is None:
         found = _snapshot(files, download)
     if found.is_dir():
-        lacking = [pattern for pattern in files.patterns if not _matches(found, pattern)]
+        lacking = [pattern for pattern in files.patterns if not _matches(found, pattern)] + _missing_shards(
+            found, files
+        )
         if lacking:
             raise MissingWeights(f"weights {files.source!r} ({found}) lack {', '.join(lacking)}")
     return found
@@ -86,6 +89,15 @@ def _snapshot(files: Files, download: bool) -> Path:
 def _matches(folder: Path, pattern: str) -> bool:
     names = [str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file()]
     return any(fnmatch(name, one) for name in names for one in pattern.split("|"))
+
+
+def _missing_shards(folder: Path, files: Files) -> list[str]:
+    """Parts of weights in several files that are asked for and that a download that was cut off did not bring."""
+    indices = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.safetensors.index.json"))]
+    named = sorted({name for index in indices for name in index["weight_map"].values()})
+    asked = [one for pattern in files.patterns for one in pattern.split("|")]
+    wanted = [name for name in named if any(fnmatch(name, one) for one in asked)]
+    return [name for name in wanted if not (folder / name).is_file()]
 
 
 def present(files: Files) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -172,3 +173,17 @@ def test_tiny_keeps_the_judge_that_a_win_rate_was_given(tmp_path: Path) -> None:
 def test_a_file_that_ships_is_found_by_its_prefix() -> None:
     reward = load("shipped:recipes/signs/fonts.py:serif")
     assert reward.name == "serif" and describe(reward)["sha256"]
+
+
+def test_weights_in_several_files_of_which_one_is_missing_are_not_here(tmp_path: Path) -> None:
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = {"weight_map": {"a": names[0], "b": names[1]}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (tmp_path / names[0]).write_bytes(b"")
+    files = Files(str(tmp_path), ("model*.safetensors",))
+    with pytest.raises(MissingWeights, match=names[1]):
+        locate(files)
+    assert not present(files)
+    assert present(Files(str(tmp_path), ("*.index.json",))), "weights that are not asked for are not missed"
+    (tmp_path / names[1]).write_bytes(b"")
+    assert present(files)
