@@ -6,6 +6,7 @@ from pathlib import Path
 
 from alignkit.errors import AlignkitError
 
+PREFIX = "shipped:"
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -34,3 +35,8 @@ def path(*parts: str, package: Path = _PACKAGE) -> Path:
             "or in a checkout make sure that recipes/ and assets/ are complete"
         )
     return found
+
+
+def resolved(place: str) -> str:
+    """`shipped:assets/...` as a path on this machine; anything else as it is."""
+    return str(path(*place.removeprefix(PREFIX).split("/"))) if place.startswith(PREFIX) else place

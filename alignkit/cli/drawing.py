@@ -10,7 +10,7 @@ from alignkit.errors import RecipeError
 
 def sample(args: argparse.Namespace) -> int:
     from alignkit.inference import sampling
-    from alignkit.training.recipe_files import resolved
+    from alignkit.shipped import resolved
 
     call = dict(sampling.parse_setting(text) for text in args.set)
     loras = [sampling.parse_lora(text) for text in args.lora]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import ClassVar, Protocol
@@ -37,15 +38,15 @@ class Towers(Protocol):
         ...
 
 
-class DualEncoder:
+class DualEncoder(ABC):
     """Cosine of image and text features; what a subclass adds is where its weights are and its scale."""
 
     kind: ClassVar[str] = "image"
     differentiable: ClassVar[bool] = True
 
+    @abstractmethod
     def load(self) -> Towers:
         """Read the weights. Raises RewardError where they are missing or incomplete."""
-        raise NotImplementedError
 
     def scaled(self, cosine: torch.Tensor) -> torch.Tensor:
         """(B,) reward from the (B,) cosine in [-1, 1]."""

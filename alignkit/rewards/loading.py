@@ -22,7 +22,7 @@ from alignkit.rewards.base import Reward
 from alignkit.rewards.card import HasTiny, HasWeights
 from alignkit.rewards.functions import FunctionReward, as_reward
 from alignkit.rewards.table import TABLE
-from alignkit.rewards.weights import SHIPPED, present
+from alignkit.rewards.weights import present
 
 _FILE_MODULE = "alignkit_file_"
 
@@ -128,16 +128,11 @@ def find(spec: str) -> Any:
             f"there is no reward {spec!r}{_nearest(spec, list(TABLE))}; or give "
             f"'package.module:Name' or 'path/file.py:name'. Known: {', '.join(TABLE)}"
         )
-    module = load_file(_file(place)) if place.endswith(".py") else _import(spec, place)
+    module = load_file(Path(shipped.resolved(place))) if place.endswith(".py") else _import(spec, place)
     if name not in vars(module):
         own = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise RecipeError(f"reward {spec!r}: {place} has no {name!r}{_nearest(name, own)}")
     return vars(module)[name]
-
-
-def _file(place: str) -> Path:
-    shipped_path = place.removeprefix(SHIPPED)
-    return Path(place) if shipped_path == place else shipped.path(*shipped_path.split("/"))
 
 
 def _nearest(name: str, known: list[str]) -> str:

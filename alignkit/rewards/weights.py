@@ -13,7 +13,6 @@ from torch import nn
 from alignkit import shipped
 from alignkit.errors import RecipeError, RewardError
 
-SHIPPED = "shipped:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,9 +35,7 @@ class Files:
     @property
     def local(self) -> Path | None:
         """The folder or file on disk that `source` names; None where it is a hub id."""
-        if self.source.startswith(SHIPPED):
-            return shipped.path(*self.source.removeprefix(SHIPPED).split("/"))
-        path = Path(self.source).expanduser()
+        path = Path(shipped.resolved(self.source)).expanduser()
         if path.exists():
             return path
         if path.is_absolute() or self.source.startswith((".", "~")) or self.source.count("/") != 1:

@@ -16,7 +16,7 @@ from torch import nn
 
 from alignkit import shipped
 from alignkit.errors import RecipeError
-from alignkit.training.recipe_files import resolved
+from alignkit.shipped import resolved
 
 DENOISERS = ("diffusers.models.transformers", "diffusers.models.unets")
 PROBE_FRAMES, PROBE_PIXELS = 17, 64

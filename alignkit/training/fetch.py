@@ -11,8 +11,9 @@ from alignkit.errors import AlignkitError, RecipeError
 from alignkit.rewards import Files, load
 from alignkit.rewards.card import HasWeights
 from alignkit.rewards.weights import MissingWeights, locate
+from alignkit.shipped import resolved
 from alignkit.training.grpo import GRPO
-from alignkit.training.recipe_files import AnyRecipe, resolved
+from alignkit.training.recipe_files import AnyRecipe
 from alignkit.training.reward_model import RewardModel
 
 

@@ -151,7 +151,7 @@ def save(folder: Path, recipe: AnyRecipe, source: Source | None) -> None:
         files[source.file.name] = _copy(source.file, code)
         record["source"] = {"file": source.file.name, "function": source.function}
     for place in (place for spec in _specs(recipe) for place in _places(spec)):
-        file = Path(resolved(place.rpartition(":")[0]))
+        file = Path(shipped.resolved(place.rpartition(":")[0]))
         files[file.name] = _copy(file, code)
     record["files"] = files
     (folder / "recipe.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -224,9 +224,3 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(set(keys)) != len(keys):
         raise ValueError(f"a key stands twice: {sorted(k for k in keys if keys.count(k) > 1)[0]!r}")
     return dict(pairs)
-
-
-def resolved(path: str) -> str:
-    """`shipped:assets/...` as a path on this machine; anything else as it is."""
-    prefix = "shipped:"
-    return str(shipped.path(*path.removeprefix(prefix).split("/"))) if path.startswith(prefix) else path

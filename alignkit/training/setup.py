@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline
 from alignkit.data.prompts import load_prompts, split
 from alignkit.policy import Policy
 from alignkit.rewards.loading import unavailable
+from alignkit.shipped import resolved
 from alignkit.training.recipe import Recipe, RewardSpec
-from alignkit.training.recipe_files import resolved
 from alignkit.training.runtime import Runtime
 from alignkit.types import Prompt
 

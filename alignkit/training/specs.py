@@ -34,12 +34,12 @@ def named(spec: Spec, field: str) -> Callable[..., Any]:
     """
     if callable(spec):
         return spec
-    place, colon, name = spec.removeprefix("shipped:").rpartition(":")
+    place, colon, name = spec.removeprefix(shipped.PREFIX).rpartition(":")
     if not colon:
         raise RecipeError(f"{field}={spec!r} must be 'package.module:name' or 'path/file.py:name'")
     try:
         if place.endswith(".py"):
-            found = load_file(shipped.path(*place.split("/")) if spec.startswith("shipped:") else Path(place))
+            found = load_file(Path(shipped.resolved(spec.rpartition(":")[0])))
         else:
             found = importlib.import_module(place)
     except ImportError as error:
