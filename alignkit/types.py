@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from alignkit.flow.transition import Transition
 
 
 class Prompt(str):
@@ -59,6 +62,7 @@ class StepRecord:
         mean: (B, ...) float32, the transition's mean under the policy that sampled it.
         log_prob: (B,) of `next_latents` under that policy.
         mask: (B, ...) bool, False where the pipeline overwrites the latents after the step; None: nowhere.
+        shift: (B, ...) float32, what a steering function added to the velocity; None: nothing.
     """
 
     index: int
@@ -70,11 +74,44 @@ class StepRecord:
     mean: torch.Tensor
     log_prob: torch.Tensor
     mask: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
 
     def __getitem__(self, rows: torch.Tensor | list[int] | slice) -> StepRecord:
         """The same step of some of the samples."""
         tensors = {n: getattr(self, n)[rows] for n in ("latents", "next_latents", "mean", "log_prob")}
-        return replace(self, **tensors, mask=None if self.mask is None else self.mask[rows])
+        present = {n: getattr(self, n) for n in ("mask", "shift")}
+        return replace(self, **tensors, **{n: None if v is None else v[rows] for n, v in present.items()})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run before it is taken, as a steering function sees it.
+
+    A steering function returns the step with another `velocity` (guidance) or with rows of `latents` and `velocity`
+    exchanged (resampling among samples of one conditioning); the run goes on from what it returns.
+
+    Attributes:
+        index: position in the sampling grid.
+        timestep: what the pipeline's loop variable is.
+        sigma, sigma_next: noise levels before and after the step, 1 = noise, 0 = data.
+        latents: (B, ...) float32, what enters the step.
+        velocity: (B, ...) float32 dx/dsigma there, after the pipeline's own guidance.
+        stochastic: whether the step adds noise.
+        transition: the Gaussian of this step from given latents and velocity, both (B, ...).
+    """
+
+    index: int
+    timestep: float
+    sigma: float
+    sigma_next: float
+    latents: torch.Tensor
+    velocity: torch.Tensor
+    stochastic: bool
+    transition: Callable[[torch.Tensor, torch.Tensor], Transition]
+
+
+Steer = Callable[[Step], Step]
+"""Changes a step before it is taken; called without gradients, under the policy's lock, once per step of a run."""
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,15 @@ def draw_noise(like: Tensor, rng: Rng) -> Tensor:
     return torch.stack([row.to(like.device) for row in rows])
 
 
+def renoised(path: Path, x: Tensor, sigma: Sigma, sigma_back: Sigma, eps: Tensor) -> Tensor:
+    """Latents x (B, ...) at noise level `sigma` taken back to the higher level `sigma_back` with noise eps (B, ...):
+    `a x + sqrt(sigma_back^2 - a^2 sigma^2) eps`, a = alpha_back / alpha. It keeps the marginals."""
+    low, high = as_coefficient(sigma), as_coefficient(sigma_back)
+    kept = path.alpha(high) / path.alpha(low)
+    added = (high**2 - kept**2 * low**2).clamp_min(0.0).sqrt()
+    return expand_to(kept, x) * x + expand_to(added, x) * eps
+
+
 def build(
     path: Path,
     x: Tensor,

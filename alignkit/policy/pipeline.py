@@ -7,7 +7,7 @@ packing, expert switching and image conditioning are the pipeline's. Only the so
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from alignkit.policy.driver import Driver
 from alignkit.policy.lora_formats import load_lora
 from alignkit.policy.memory import Offloaded, offload_encoders, remember
 from alignkit.policy.onestep import mixed_step, one_step, visit_of
-from alignkit.policy.rolling import Poll, Rolling, prediction_of, steps_of, transition_at, velocity_at
+from alignkit.policy.rolling import Poll, Rolling, prediction_of, steps_of, transition_at, velocity_at, with_repeats
 from alignkit.policy.session import Stop, Visit
-from alignkit.types import Prompt, Rollouts
+from alignkit.types import Prompt, Rollouts, Steer
 
 Rng = torch.Generator | list[torch.Generator]
 
@@ -234,6 +234,8 @@ class Policy:
         stop: int | None = None,
         reduce: Reduce = "mean",
         poll: Poll | None = None,
+        steer: Steer | None = None,
+        repeats: Mapping[int, int] | None = None,
     ) -> Rollouts:
         """Run the pipeline once with our solver from step `plan.start` on; record the plan's stochastic steps.
 
@@ -248,13 +250,17 @@ class Policy:
                 end of the grid.
             reduce: of the recorded log-probabilities over positions, "mean" or "sum".
             poll: called before every step; may raise to stop.
+            steer: called at every step with what the step is about to do, returns what it does instead; it may call
+                this policy itself. See `alignkit.types.Step`.
+            repeats: step -> how often it runs; in between its result is taken back to its noise level with fresh
+                noise (time travel, FreeDoM 2303.09833). None: every step once.
         """
-        steps = steps_of(plan, cond, latents, stop)
+        steps = with_repeats(steps_of(plan, cond, latents, stop), repeats or {})
         generators = _per_sample(rng, len(cond))
         with self._lock:
             mask = self.driver.free_mask(cond) if plan.stochastic else None
             start = self.initial_latents(cond, generators) if latents is None else latents.float()
-            return Rolling(self.driver, cond, plan, generators, reduce, poll, start, mask).run(steps)
+            return Rolling(self.driver, cond, plan, generators, reduce, poll, start, mask, steer).run(steps)
 
     def decode(self, x0: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """Media float32 in [0, 1]: (B, 3, H, W) or (B, T, 3, H, W), by the pipeline's own un-packing, decoder and

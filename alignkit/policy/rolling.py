@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,12 +10,12 @@ import torch
 from alignkit.errors import RecipeError
 from alignkit.flow.path import velocity_from, x0_from_velocity
 from alignkit.flow.plan import Plan
-from alignkit.flow.transition import Noise, Reduce, Transition
+from alignkit.flow.transition import Noise, Reduce, Transition, draw_noise, renoised
 from alignkit.policy.conditioning import Conditioning
 from alignkit.policy.driver import Driver
 from alignkit.policy.onestep import session_from
 from alignkit.policy.session import Visit
-from alignkit.types import Rollouts, StepRecord
+from alignkit.types import Rollouts, Steer, Step, StepRecord
 
 Poll = Callable[[], None]
 
@@ -65,6 +65,18 @@ def steps_of(plan: Plan, cond: Conditioning, latents: torch.Tensor | None, stop:
     return range(plan.start, end)
 
 
+def with_repeats(steps: range, repeats: Mapping[int, int]) -> list[int]:
+    """The steps in the order in which they run; step k runs `repeats[k]` times, by default once.
+
+    Raises:
+        RecipeError: a number below 1, or a step that does not run.
+    """
+    wrong = {k: n for k, n in repeats.items() if k not in steps or n < 1}
+    if wrong:
+        raise RecipeError(f"repeats={wrong}: steps {steps.start}..{steps.stop - 1} run, each at least once")
+    return [k for k in steps for _ in range(repeats.get(k, 1))]
+
+
 @dataclass
 class Rolling:
     """One run: its solver, and what it has recorded. `latents` are the current ones in full precision."""
@@ -77,11 +89,14 @@ class Rolling:
     poll: Poll | None
     latents: torch.Tensor
     mask: torch.Tensor | None
+    steer: Steer | None = None
     records: list[StepRecord] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)
 
-    def run(self, steps: range) -> Rollouts:
-        """Run these steps of the loop from the current latents."""
-        start = self.latents
+    def run(self, steps: Sequence[int]) -> Rollouts:
+        """Run these steps of the loop, in this order, from the current latents; a step that comes again begins from
+        its result taken back to its noise level."""
+        start, self.left = self.latents, list(steps)
 
         def on_step(index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if session.visit.pretend:
@@ -89,7 +104,7 @@ class Rolling:
             return self.step(index, output, sample)
 
         visits = [Visit(k) for k in steps]
-        session = session_from(self.driver, start, self.cond, visits, on_step, blend=steps.start > 0)
+        session = session_from(self.driver, start, self.cond, visits, on_step, blend=steps[0] > 0)
         self.driver.run(session, self.cond)
         return Rollouts(self.latents, tuple(self.records), self.cond.sigmas)
 
@@ -100,17 +115,37 @@ class Rolling:
         x = sample.float()
         if torch.equal(self.latents.to(sample), sample):
             x = self.latents  # full precision, where the pipeline passed our latents on unchanged
-        sigma = self.cond.sigmas[index]
-        v = velocity_at(self.driver, prediction_of(self.driver, output), x, sigma)
-        noise = self.plan.noise_at(index)
-        transition = transition_at(self.driver, v, x, index, self.cond, noise, self.mask)
-        if index in self.plan.stochastic:
-            self.latents = transition.sample(self.generators)
-            log_prob = transition.log_prob(self.latents, reduce=self.reduce)
-            t, after = float(self.cond.timesteps[index]), float(self.cond.sigmas[index + 1])
-            scored = (transition.mean, log_prob, self.mask)
-            self.records.append(StepRecord(index, t, float(sigma), after, x, self.latents, *scored))
-        else:
-            self.latents = transition.mean
-        x0 = x0_from_velocity(self.driver.grid.path, v, x, sigma)
+        v = velocity_at(self.driver, prediction_of(self.driver, output), x, self.cond.sigmas[index])
+        step = self.steered(self.seen(index, x, v))
+        transition = step.transition(step.latents, step.velocity)
+        self.latents = transition.sample(self.generators) if step.stochastic else transition.mean
+        if step.stochastic:
+            self.record(step, transition, None if self.steer is None else step.velocity - v)
+        x0 = x0_from_velocity(self.driver.grid.path, step.velocity, step.latents, step.sigma)
+        self.left.pop(0)
+        if self.left and self.left[0] == index:
+            eps = draw_noise(self.latents, self.generators)
+            self.latents = renoised(self.driver.grid.path, self.latents, step.sigma_next, step.sigma, eps)
         return self.latents.to(sample), x0.to(sample)
+
+    def seen(self, index: int, x: torch.Tensor, v: torch.Tensor) -> Step:
+        """Step `index` from latents `x` with velocity `v`, as a steering function sees it."""
+        sigmas, noise = self.cond.sigmas, self.plan.noise_at(index)
+
+        def transition(latents: torch.Tensor, velocity: torch.Tensor) -> Transition:
+            return transition_at(self.driver, velocity, latents, index, self.cond, noise, self.mask)
+
+        levels = float(sigmas[index]), float(sigmas[index + 1])
+        stochastic = index in self.plan.stochastic
+        return Step(index, float(self.cond.timesteps[index]), *levels, x, v, stochastic, transition)
+
+    def steered(self, step: Step) -> Step:
+        """What the run goes on from."""
+        return step if self.steer is None else self.steer(step)
+
+    def record(self, step: Step, transition: Transition, shift: torch.Tensor | None) -> None:
+        """Keep what training needs to score this step again."""
+        log_prob = transition.log_prob(self.latents, reduce=self.reduce)
+        levels = (step.index, step.timestep, step.sigma, step.sigma_next)
+        scored = (transition.mean, log_prob, self.mask, shift)
+        self.records.append(StepRecord(*levels, step.latents, self.latents, *scored))

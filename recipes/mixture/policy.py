@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from alignkit.errors import PolicyError, RecipeError
 from alignkit.flow.path import RectifiedFlow
 from alignkit.flow.plan import Plan
-from alignkit.flow.transition import Noise, Reduce, Rng, Transition, draw_noise, per_sample_generators
-from alignkit.types import Prompt, Rollouts, StepRecord
+from alignkit.flow.transition import Noise, Reduce, Rng, Transition, draw_noise, per_sample_generators, renoised
+from alignkit.policy.rolling import with_repeats
+from alignkit.types import Prompt, Rollouts, Steer, Step, StepRecord
 from recipes.mixture.world import FOUR, Mixture
 
 FREQUENCIES = 8
@@ -219,29 +220,47 @@ class MixturePolicy:
         stop: int | None = None,
         reduce: Reduce = "mean",
         poll: Callable[[], None] | None = None,
+        steer: Steer | None = None,
+        repeats: Mapping[int, int] | None = None,
     ) -> Rollouts:
         """Sample once per prompt and record the plan's stochastic steps, as `Policy.rollout` does.
 
         Args:
             latents: (B, D) what step `plan.start` begins with; None: noise.
             stop: the first step that does not run; None: all run.
+            steer, repeats: see `Policy.rollout`.
         """
         generators = _per_sample(rng, len(cond))
         x = self.initial_latents(cond, generators) if latents is None else latents
         records: list[StepRecord] = []
-        for index in range(plan.start, plan.num_steps if stop is None else stop):
+        left = with_repeats(range(plan.start, plan.num_steps if stop is None else stop), repeats or {})
+        while left:
+            index = left.pop(0)
             if poll is not None:
                 poll()
-            transition = self.transition(x, index, cond, plan.noise_at(index))
-            stochastic = index in plan.stochastic
-            after = transition.sample(generators) if stochastic else transition.mean
-            if stochastic:
-                sigmas = float(cond.sigmas[index]), float(cond.sigmas[index + 1])
-                log_prob = transition.log_prob(after, reduce=reduce)
-                t = float(cond.timesteps[index])
-                records.append(StepRecord(index, t, *sigmas, x, after, transition.mean, log_prob))
-            x = after
+            v = self.velocity(x, cond.timesteps[index], cond)
+            step = self._step(cond, plan, index, x, v)
+            step = step if steer is None else steer(step)
+            transition = step.transition(step.latents, step.velocity)
+            x = transition.sample(generators) if step.stochastic else transition.mean
+            if step.stochastic:
+                levels = (step.index, step.timestep, step.sigma, step.sigma_next)
+                scored = (transition.mean, transition.log_prob(x, reduce=reduce), None)
+                shift = None if steer is None else step.velocity - v
+                records.append(StepRecord(*levels, step.latents, x, *scored, shift))
+            if left and left[0] == index:
+                x = renoised(self.path, x, step.sigma_next, step.sigma, draw_noise(x, generators))
         return Rollouts(x, tuple(records), cond.sigmas)
+
+    def _step(self, cond: Points, plan: Plan, index: int, x: Tensor, v: Tensor) -> Step:
+        """Step `index` from `x`, as a steering function sees it."""
+        s, noise = cond.sigmas, plan.noise_at(index)
+        levels = float(s[index]), float(s[index + 1])
+
+        def transition(latents: Tensor, velocity: Tensor) -> Transition:
+            return noise.build(self.path, latents, velocity, *levels, float(s[1]))
+
+        return Step(index, float(cond.timesteps[index]), *levels, x, v, index in plan.stochastic, transition)
 
     def decode(self, x0: Tensor, cond: Points) -> Tensor:
         """Points are their own picture."""
