@@ -123,6 +123,52 @@ class ScoresGroups(Protocol):
     groupwise: bool
 
 
+@runtime_checkable
+class NoiseAware(Protocol):
+    """A reward of latents at any noise level, which may guide sampling at every step (`alignkit.guide`, method "nrg").
+
+    A plain function of `(latents, sigma, cond)` with an attribute `noise_aware = True` is one too.
+
+    Attributes:
+        name, kind, differentiable: as of a reward; "latent" and True.
+        noise_aware: False where it was trained on clean latents only: it then scores them and guides nothing.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def differentiable(self) -> bool: ...
+
+    @property
+    def noise_aware(self) -> bool: ...
+
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, cond: Any) -> torch.Tensor:
+        """(B,) of latents (B, ...) at noise levels sigma (B,), 1 = noise, under a `Conditioning` of B samples."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class OfClean:
+    """A noise-aware reward of clean latents, as rewards are called."""
+
+    reward: NoiseAware
+    cond: Any
+    kind: str = "latent"
+    differentiable: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.reward.name
+
+    def __call__(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """(B,) of clean latents (B, ...)."""
+        return self.reward(media, torch.zeros(len(media), device=media.device), self.cond)
+
+
 class RewardFailure(RewardError):
     """The reward's own code failed on these samples. The only error that `on_error="mask"` may make NaN."""
 

@@ -17,6 +17,8 @@ from einops import rearrange, reduce
 from alignkit.errors import RecipeError
 from alignkit.rewards.base import (
     Evaluation,
+    NoiseAware,
+    OfClean,
     Reward,
     RewardFailure,
     ScoresGroups,
@@ -146,7 +148,13 @@ class Weighted:
         parts = [{**describe(reward), "weight": self.weights[name]} for name, reward in self.rewards.items()]
         return {"on_error": self.on_error, "timeout": self.timeout, "rewards": parts}
 
-    def __call__(self, media: torch.Tensor, prompts: Sequence[str], latents: torch.Tensor | None = None) -> Scores:
+    def __call__(
+        self,
+        media: torch.Tensor,
+        prompts: Sequence[str],
+        latents: torch.Tensor | None = None,
+        cond: Any = None,
+    ) -> Scores:
         """Scores of one batch.
 
         Args:
@@ -154,18 +162,22 @@ class Weighted:
             prompts: B prompts.
             latents: (B, ...) what the media were decoded from, for rewards of kind "latent". Without them, such as
                 after the pipeline's own scheduler, those rewards do not apply.
+            cond: the `Conditioning` of the B samples, for noise-aware rewards, which score the latents as clean.
 
         Raises:
             RewardError: see `on_error`.
+            RecipeError: a noise-aware reward without `cond`.
         """
         known = as_prompts(prompts)
         before = dict(self.failed)
         parts: dict[str, Evaluation] = {}
         for name, reward in self.rewards.items():
             seen = latents if reward.kind == "latent" else media
-            parts[name] = (
-                not_applicable(len(known), media.device) if seen is None else self._evaluate(reward, seen, known)
-            )
+            if seen is None:
+                parts[name] = not_applicable(len(known), media.device)
+                continue
+            asked = _of_clean(reward, cond) if isinstance(reward, NoiseAware) else reward
+            parts[name] = self._evaluate(asked, seen, known)
         return Scores(
             total=weighted_total(parts, self.weights),
             parts={name: part.scores for name, part in parts.items()},
@@ -215,6 +227,15 @@ class Weighted:
         if name not in self.tracebacks:
             log.warning("reward %r failed; its samples are left out (said once per reward):\n%s", name, reason)
         self.tracebacks[name] = reason
+
+
+def _of_clean(reward: NoiseAware, cond: Any) -> Reward:
+    if cond is None:
+        raise RecipeError(
+            f"reward {reward.name!r} is noise-aware: it guides sampling (alignkit.guide with method='nrg', or `guide` "
+            "of Euphonium and ValueGradient) and cannot score rollouts of a recipe; reward those with one of media"
+        )
+    return OfClean(reward, cond)
 
 
 def not_applicable(batch: int, device: torch.device) -> Evaluation:

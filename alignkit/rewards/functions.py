@@ -40,19 +40,38 @@ class FunctionReward:
         return evaluate(self, media, prompts).scores
 
 
+@dataclass(frozen=True, eq=False)
+class NoiseAwareFunction:
+    """A user's function `(latents, sigma, cond) -> (B,)` as a noise-aware reward."""
+
+    function: Callable[..., Any]
+    name: str
+    kind: str = "latent"
+    differentiable: bool = True
+    noise_aware: bool = True
+
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, cond: Any) -> torch.Tensor:
+        """What the function returns."""
+        return self.function(latents, sigma, cond)
+
+
 def as_reward(value: Any) -> Reward:
     """A reward from a reward, a class without required arguments, or a user's function.
 
     A function may declare `name`, `kind` and `differentiable` as attributes (`f.kind = "video"`); without
-    them it has its own name, scores images, and is not differentiable.
+    them it has its own name, scores images, and is not differentiable. With `noise_aware = True` it is called with
+    `(latents, sigma, cond)`.
 
     Raises:
         RecipeError: not callable, an unknown kind, or a signature that can be called in neither way.
     """
     if isinstance(value, type):
         value = value()
+    reward: Any
     if isinstance(value, Reward):
         reward = value
+    elif callable(value) and inspect.getattr_static(value, "noise_aware", False):
+        reward = NoiseAwareFunction(value, inspect.getattr_static(value, "name", _own_name(value)))
     elif callable(value):
         reward = FunctionReward(
             function=value,

@@ -20,7 +20,7 @@ from alignkit import shipped
 from alignkit.errors import RecipeError, RewardError
 from alignkit.rewards.base import Reward
 from alignkit.rewards.card import HasTiny, HasWeights
-from alignkit.rewards.functions import FunctionReward, as_reward
+from alignkit.rewards.functions import FunctionReward, NoiseAwareFunction, as_reward
 from alignkit.rewards.table import TABLE
 from alignkit.rewards.weights import present
 
@@ -178,7 +178,7 @@ def load_file(path: Path) -> ModuleType:
 
 def describe(reward: Reward) -> dict[str, Any]:
     """A JSON record of a reward: name, kind, spec, what it says of itself, and the hash of a user's file."""
-    code = reward.function if isinstance(reward, FunctionReward) else reward
+    code = reward.function if isinstance(reward, FunctionReward | NoiseAwareFunction) else reward
     owner = code if inspect.isroutine(code) or inspect.isclass(code) else type(code)
     record: dict[str, Any] = {
         "name": reward.name,
@@ -186,7 +186,7 @@ def describe(reward: Reward) -> dict[str, Any]:
         "differentiable": reward.differentiable,
         "spec": f"{owner.__module__}:{owner.__qualname__}",
     }
-    if dataclasses.is_dataclass(reward) and not isinstance(reward, FunctionReward):
+    if dataclasses.is_dataclass(reward) and not isinstance(reward, FunctionReward | NoiseAwareFunction):
         options = {field.name: getattr(reward, field.name) for field in dataclasses.fields(reward) if field.init}
         plain = str | int | float | bool | tuple | None
         record["options"] = {n: v for n, v in options.items() if n != "name" and isinstance(v, plain)}
