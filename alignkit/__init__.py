@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from alignkit.errors import AlignkitError, CheckpointError, DataError, PolicyError, RecipeError, RewardError
     from alignkit.flow.plan import Plan
     from alignkit.flow.transition import Noise, Transition
+    from alignkit.inference.guide import Guided, guide
     from alignkit.policy.adapters import Full, LoRA
     from alignkit.policy.conditioning import Conditioning
     from alignkit.policy.pipeline import Policy
@@ -38,6 +39,9 @@ __all__ = [
     "Conditioning",
     "LoRA",
     "Full",
+    # sampling
+    "guide",
+    "Guided",
     # training
     "GRPO",
     "DPO",
@@ -75,6 +79,7 @@ __all__ = [
 
 _HOMES = {
     "alignkit.policy": ("Policy", "Conditioning", "LoRA", "Full"),
+    "alignkit.inference.guide": ("guide", "Guided"),
     "alignkit.training.grpo": ("GRPO",),
     "alignkit.training.dpo": ("DPO",),
     "alignkit.training.kto": ("KTO",),
