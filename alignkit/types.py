@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from alignkit.flow.transition import Transition
 
 
 class Prompt(str):
@@ -97,7 +94,7 @@ class Step:
         latents: (B, ...) float32, what enters the step.
         velocity: (B, ...) float32 dx/dsigma there, after the pipeline's own guidance.
         stochastic: whether the step adds noise.
-        transition: the Gaussian of this step from given latents and velocity, both (B, ...).
+        transition: the `flow.transition.Transition` of this step from given latents and velocity, both (B, ...).
     """
 
     index: int
@@ -107,7 +104,7 @@ class Step:
     latents: torch.Tensor
     velocity: torch.Tensor
     stochastic: bool
-    transition: Callable[[torch.Tensor, torch.Tensor], Transition]
+    transition: Callable[[torch.Tensor, torch.Tensor], Any]
 
 
 Steer = Callable[[Step], Step]
