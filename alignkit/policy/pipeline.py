@@ -24,6 +24,7 @@ from alignkit.policy.attention import ChosenAttention, resolve
 from alignkit.policy.codec import Codec
 from alignkit.policy.conditioning import Conditioning
 from alignkit.policy.driver import Driver
+from alignkit.policy.features import features, first_blocks
 from alignkit.policy.lora_formats import load_lora
 from alignkit.policy.memory import Offloaded, offload_encoders, remember
 from alignkit.policy.onestep import mixed_step, one_step, visit_of
@@ -213,6 +214,33 @@ class Policy:
     def velocity(self, x: torch.Tensor, t: torch.Tensor | float, cond: Conditioning) -> torch.Tensor:
         """(B, ...) float32 dx/dsigma of the policy's path at latents `x` and timestep `t`."""
         return velocity_at(self.driver, self.prediction_at(x, t, cond), x, self.sigma_of(t, cond))
+
+    def features(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor | float,
+        cond: Conditioning,
+        depth: int,
+        blocks: Sequence[torch.nn.Module] | None = None,
+    ) -> torch.Tensor:
+        """(B, N, D) float32: hidden states after the denoiser's first `depth` blocks, without guidance; gradients flow
+        to `x`, and the rest of the denoiser does not run.
+
+        Args:
+            x, t: as in `model_output`.
+            depth: 1 is the first block; see `features.blocks_of`.
+            blocks: `depth` modules that stand in for the first blocks for this call, such as `first_blocks` trained
+                as a reward; None: the denoiser's own.
+
+        Raises:
+            RecipeError: a depth that the denoiser does not have, or another number of blocks.
+        """
+        with self._lock:
+            return features(self.model_output, denoisers(self.pipe), x, t, cond, depth, blocks)
+
+    def first_blocks(self, depth: int) -> torch.nn.ModuleList:
+        """Copies of the denoiser's first `depth` blocks, without adapters."""
+        return first_blocks(denoisers(self.pipe), depth)
 
     def transition(
         self, x: torch.Tensor, index: int, cond: Conditioning, noise: Noise, mask: torch.Tensor | None = None
