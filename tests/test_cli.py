@@ -374,6 +374,96 @@ def test_sample_loads_a_lora_at_its_scale_and_refuses_one_that_matches_nothing(p
         add_loras(pipe, [(str(tmp_path / "strange.safetensors"), 1.0)])
 
 
+GUIDED = ["--guide", "best_of_n", "--budget", "3", "--reward", "brightness=2", "--judge", "jpeg_compressibility"]
+
+
+def test_guided_samples_are_drawn_beside_unguided_ones_from_the_same_noise(
+    place: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sample", str(place / "model"), "a red cat", "a dog", "--num", "2", "--seed", "5", *SMALL, *GUIDED]
+    shown = printed(capsys, *command, "--out", "g").splitlines()
+    assert [line.split("\t")[:2] for line in shown if line.startswith(("unguided\t", "best_of_n\t"))][:2] == [
+        ["unguided", "2 (1 x 2)"],
+        ["best_of_n", "6 (3 x 2)"],
+    ]
+    header = next(line.split("\t") for line in shown if line.startswith("\t"))
+    assert header[1:4] == ["brightness", "jpeg_compressibility (judge)", "weighted total"]
+    found = json.loads((here / "g" / "sheet.json").read_text(encoding="utf-8"))
+    plain, best = found["methods"]
+    assert [plain["budget_used"], best["budget_used"]] == [1, 3] and best["total"] > plain["total"]
+    assert best["total"] == pytest.approx(2 * best["rewards"]["brightness"])
+    assert [(one["prompt"], one["seed"]) for one in best["samples"]] == [
+        ("a red cat", 5),
+        ("a red cat", 6),
+        ("a dog", 5),
+        ("a dog", 6),
+    ]
+    assert len(list((here / "g").glob("0*.png"))) == 4
+    with Image.open(here / "g" / "000-seed5.png") as picture, Image.open(here / "g" / "sheet.png") as sheet:
+        bright = torch.tensor(list(picture.convert("L").tobytes())).float().mean() / 255
+        assert sheet.height > 4 * picture.height
+    assert float(bright) == pytest.approx(best["samples"][0]["rewards"]["brightness"], abs=0.02)
+    printed(capsys, *command[:2], "a dog", *command[4:], "--out", "alone.png")
+    alone = json.loads((here / "alone.json").read_text(encoding="utf-8"))["methods"][1]["samples"]
+    assert [one["total"] for one in alone] == pytest.approx([one["total"] for one in best["samples"][2:]], abs=1e-4)
+    assert not (here / "000-seed5.png").exists()
+
+
+def test_the_plan_of_guided_samples_loads_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = printed(capsys, "sample", "nowhere", "a cat", "--num", "3", "--steps", "10", *GUIDED, "--plan")
+    assert "best_of_n\t30 (3 x 10)\t0\t0\t0\t3\t0\t1" in shown
+    assert "3 samples with each of 2: 120 denoiser calls in all" in shown
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--guide", "best_of_m", "--reward", "brightness"], "nearest: 'best_of_n'"),
+        (["--guide", "best_of_n(size=3)", "--reward", "brightness"], "no option 'size'"),
+        (["--guide", "best_of_n"], "add --reward SPEC"),
+        (["--reward", "brightness"], "--reward goes with --guide METHOD"),
+        (["--budget", "2"], "--budget goes with --guide METHOD"),
+        (["--guide", "best_of_n", "--reward", "brightnes"], "did you mean 'brightness'"),
+        (["--guide", "best_of_n", "--reward", "brightness", "--budget", "0.5"], "budget=0.5"),
+        (["--guide", "best_of_n", "--reward", "brightness", "--batch", "0"], "--batch 0 must be at least 1"),
+    ],
+)
+def test_what_does_not_guide_is_refused_before_anything_is_loaded(
+    here: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    assert words in refused(capsys, 2, "sample", "nowhere", "a cat", *options)
+
+
+def test_guided_samples_refuse_a_keyword_that_the_pipeline_has_not(
+    place: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", str(place / "model"), "x", "--steps", "2", *GUIDED, "--set", "heigth=3"]) == 2
+    assert "heigth" in capsys.readouterr().err
+    assert not list(here.iterdir())
+
+
+def test_guidance_goes_together_with_a_lora(place: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from alignkit.inference.sampling import open_pipeline
+    from alignkit.policy import Policy
+    from alignkit.policy.lora_files import save_lora
+
+    with Policy(open_pipeline(str(place / "model"), device="cpu"), train=LoRA(rank=2, alpha=8.0)) as policy:
+        rng = torch.Generator().manual_seed(1)
+        for parameter in policy.parameters():
+            parameter.data += 0.5 * torch.randn(parameter.shape, generator=rng)
+        save_lora(policy, here / "lora")
+    totals = {}
+    for lora in ("lora:1.0", "lora:0.0", None):
+        chosen = [] if lora is None else ["--lora", lora]
+        out = f"{lora}.png".replace(":", "-")
+        printed(capsys, "sample", str(place / "model"), "a cat", "--num", "1", *SMALL, *GUIDED, *chosen, "--out", out)
+        found = json.loads((here / out).with_suffix(".json").read_text(encoding="utf-8"))
+        totals[lora] = [row["total"] for row in found["methods"]]
+    assert totals["lora:0.0"] == pytest.approx(totals[None], abs=1e-5)
+    assert all(abs(a - b) > 1e-4 for a, b in zip(totals["lora:1.0"], totals[None], strict=True))
+
+
 @pytest.mark.parametrize(
     ("text", "path", "scale"),
     [("a.safetensors:0.8", "a.safetensors", 0.8), ("runs/x/lora", "runs/x/lora", 1.0), ("C:\\a\\b", "C:\\a\\b", 1.0)],

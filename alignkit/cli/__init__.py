@@ -97,6 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0, help="sample i of a prompt has seed SEED + i (default: 0)")
     sample.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="pipeline keywords")
     sample.add_argument("--out", type=Path, default=Path("samples"), help="folder, or a .png for the sheet alone")
+    sample.add_argument("--batch", type=int, default=8, help="samples that are denoised at once (default: 8)")
+    drawing.add_guidance(sample)
 
     score = command("score", drawing.score, "score images with rewards")
     score.add_argument("rewards", metavar="REWARD[,REWARD]")

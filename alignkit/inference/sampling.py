@@ -145,11 +145,12 @@ def sample(
     return drawn
 
 
-def write(samples: Sequence[Sample], out: Path) -> list[Path]:
-    """Write one PNG per sample (per frame for video) and a labelled contact sheet.
+def write(samples: Sequence[Sample], out: Path, sheet: Image.Image | None = None) -> list[Path]:
+    """Write one PNG per sample (per frame for video) and a sheet.
 
     Args:
         out: a folder, or a file name ending in `.png` for the sheet alone.
+        sheet: None: a labelled contact sheet of the samples.
 
     Returns:
         the files, the sheet last.
@@ -164,9 +165,9 @@ def write(samples: Sequence[Sample], out: Path) -> list[Path]:
             ending = f"-frame{k:03d}" if one.media.ndim == 4 else ""
             files.append(folder / f"{number:03d}-seed{one.seed}{ending}.png")
             Image.fromarray(pixels).save(files[-1])
-    sheet = out if alone else folder / "sheet.png"
-    contact_sheet(samples).save(sheet)
-    return [*files, sheet]
+    files.append(out if alone else folder / "sheet.png")
+    (contact_sheet(samples) if sheet is None else sheet).save(files[-1])
+    return files
 
 
 def contact_sheet(samples: Sequence[Sample], columns: int = 4, captions: Sequence[str] | None = None) -> Image.Image:
@@ -175,7 +176,7 @@ def contact_sheet(samples: Sequence[Sample], columns: int = 4, captions: Sequenc
     Args:
         captions: second line under each sample, below its prompt; None: its seed.
     """
-    tiles = [_tile(one.media) for one in samples]
+    tiles = [tile_of(one.media) for one in samples]
     video = samples[0].media.ndim == 4
     columns = 1 if video else min(columns, len(tiles))
     zoom = max(1, 160 // min(tile.width for tile in tiles)) if not video else 1
@@ -188,22 +189,23 @@ def contact_sheet(samples: Sequence[Sample], columns: int = 4, captions: Sequenc
     for i, (tile, one) in enumerate(zip(tiles, samples, strict=True)):
         left, top = (i % columns) * wide + MARGIN, (i // columns) * high + MARGIN
         sheet.paste(tile, (left, top))
-        label = _cut(pen, one.prompt, wide - 2 * MARGIN)
+        label = shortened(pen, one.prompt, wide - 2 * MARGIN)
         pen.text((left, top + tile.height + 2), label, fill="black")
         second = f"seed {one.seed}" if captions is None else captions[i]
         pen.text((left, top + tile.height + 2 + LINE), second, fill="gray")
     return sheet
 
 
-def _tile(media: torch.Tensor) -> Image.Image:
+def tile_of(media: torch.Tensor, frames: int = SHOWN_FRAMES) -> Image.Image:
+    """The picture (3, H, W), or up to `frames` frames of the video (T, 3, H, W) side by side."""
     if media.ndim == 3:
         return Image.fromarray(to_uint8(media[None])[0])
-    chosen = torch.linspace(0, len(media) - 1, min(SHOWN_FRAMES, len(media))).round().long()
+    chosen = torch.linspace(0, len(media) - 1, min(frames, len(media))).round().long()
     strip = rearrange(media[chosen], "t c h w -> 1 c h (t w)")
     return Image.fromarray(to_uint8(strip)[0])
 
 
-def _cut(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
+def shortened(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
     """The text, shortened until it fits into `width` pixels."""
     text = " ".join(text.split())
     if pen.textlength(text) <= width:
