@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import AlignkitError, RecipeError
+from alignkit.inference.comparison import Comparison
 from alignkit.rewards import Files, load
 from alignkit.rewards.card import HasWeights
 from alignkit.rewards.weights import MissingWeights, locate
@@ -41,6 +42,8 @@ def needs_of_recipe(recipe: AnyRecipe) -> list[Need]:
         return []
     model = resolved(recipe.model)
     needs = [Need("model", Files(model, ()), _pipeline(model, download=False))]
+    if isinstance(recipe, Comparison):
+        return needs + [need for spec in recipe.specs for need in needs_of_reward(spec)]
     features = recipe.diversity_shaping if isinstance(recipe, GRPO) else None
     compared = [features] if features not in (None, "pixels", *recipe.rewards) else []
     for spec in (*recipe.rewards, *recipe.judges, *compared):

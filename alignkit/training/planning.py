@@ -15,7 +15,9 @@ from typing import Any, cast
 
 from torch import nn
 
+from alignkit.data.prompts import load_prompts
 from alignkit.errors import RecipeError, RewardError
+from alignkit.inference.comparison import Comparison
 from alignkit.policy.adapters import LoRA, linear_targets
 from alignkit.rewards import load
 from alignkit.rewards.card import HasCard, HasWeights
@@ -54,6 +56,8 @@ def plan(recipe: AnyRecipe) -> dict[str, Any]:
     recipe.validate()
     if isinstance(recipe, RewardModel):
         return plan_reward_model(recipe)
+    if isinstance(recipe, Comparison):
+        return plan_comparison(recipe)
     found = blueprint(recipe.model)
     if not found.denoisers:
         raise RecipeError(
@@ -111,6 +115,22 @@ def plan_reward_model(recipe: RewardModel) -> dict[str, Any]:
     }
 
 
+def plan_comparison(recipe: Comparison) -> dict[str, Any]:
+    """What a comparison will do, by contender and in all."""
+    count = len(load_prompts(resolved(recipe.prompts))[: recipe.limit]) * len(recipe.seeds)
+    arms = {name: {kind: number * count for kind, number in asdict(c).items()} for name, c in recipe.costs().items()}
+    return {
+        "model": recipe.model,
+        "trainer": "Comparison",
+        "prompts": count // len(recipe.seeds),
+        "seeds": list(recipe.seeds),
+        "samples": count * len(arms),
+        "arms": arms,
+        "rewards": [reward_record(spec, None) for spec in recipe.specs],
+        "measured": None,
+    }
+
+
 def _spec(value: Any) -> str:
     return value if isinstance(value, str) else f"{value.__module__}:{value.__qualname__}"
 
@@ -161,8 +181,8 @@ def measured(record: Mapping[str, Any], recipe: AnyRecipe) -> dict[str, Any]:
     """
     from alignkit.training.measuring import measure
 
-    if isinstance(recipe, RewardModel):
-        raise RecipeError("--measure measures how generators are trained; a reward model's run says its own times")
+    if not isinstance(recipe, Recipe):
+        raise RecipeError("--measure measures how generators are trained; a run of another kind says its own times")
     if not record["weights_here"]:
         raise RecipeError(
             f"--measure needs the weights of {record['model']!r} on disk and only its configuration is here; download "
@@ -183,6 +203,9 @@ def lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(what, how much) for people; None is "not measured"."""
     if record["trainer"] == "RewardModel":
         yield from _reward_model_lines(record)
+        return
+    if record["trainer"] == "Comparison":
+        yield from _comparison_lines(record)
         return
     rounds, trained = record["round"], record["trainable"]
     yield "model", f"{record['model']} ({record['pipeline']}, from {record['configured_by']})"
@@ -246,6 +269,16 @@ def _reward_model_lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, size in record["memory_bytes"].items():
         if size != 0:
             yield f"memory: {name}", _size(size)
+
+
+def _comparison_lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "model", record["model"]
+    yield "samples", f"{record['samples']:,}: {record['prompts']} prompts, {len(record['seeds'])} seeds"
+    for name, calls in record["arms"].items():
+        spent = ", ".join(f"{kind.replace('_', ' ')} {number:,}" for kind, number in calls.items() if number)
+        yield f"  {name}", spent
+    for reward in record["rewards"]:
+        yield "reward", reward["name"]
 
 
 def _measured(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

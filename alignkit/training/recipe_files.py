@@ -16,6 +16,7 @@ from rapidfuzz import process
 from alignkit import shipped
 from alignkit.errors import CheckpointError, RecipeError
 from alignkit.flow.transition import Noise
+from alignkit.inference.comparison import Arm, Comparison
 from alignkit.policy.adapters import Full, LoRA
 from alignkit.rewards import load_file
 from alignkit.rewards.loading import split_options, with_options
@@ -26,7 +27,7 @@ from alignkit.training.recipe import Recipe
 from alignkit.training.reward_model import RewardModel
 from alignkit.training.shaped import Shaped
 
-AnyRecipe = Recipe | RewardModel
+AnyRecipe = Recipe | RewardModel | Comparison
 TRAINERS = {
     "GRPO": "grpo",
     "DPO": "dpo",
@@ -41,8 +42,9 @@ TRAINERS = {
     "CRD": "crd",
     "Regional": "regional",
     "RewardModel": "reward_model",
+    "Comparison": "recipe_files",
 }
-"""Names of our trainers, and the module of this package each is in."""
+"""Names of what recipes return, and the module of this package each is found in."""
 NESTED: dict[str, type] = {
     "LoRA": LoRA,
     "Full": Full,
@@ -50,6 +52,7 @@ NESTED: dict[str, type] = {
     "Follow": Follow,
     "Levels": Levels,
     "Critic": Critic,
+    "Arm": Arm,
 }
 
 
@@ -196,7 +199,7 @@ def save(folder: Path, recipe: AnyRecipe, source: Source | None) -> None:
 
 def _specs(recipe: AnyRecipe) -> tuple[str, ...]:
     """Whatever in a recipe may name a file."""
-    if isinstance(recipe, RewardModel):
+    if isinstance(recipe, RewardModel | Comparison):
         return recipe.specs
     own = (*recipe.rewards, *recipe.judges, recipe.diversity_shaping if isinstance(recipe, Shaped) else None)
     return tuple(spec for spec in own if isinstance(spec, str))
@@ -239,6 +242,8 @@ def reload(folder: Path) -> tuple[AnyRecipe, Source | None]:
     if isinstance(recipe, RewardModel):
         model, data, loss = (_local(spec, local) for spec in (recipe.model, recipe.data, recipe.loss))
         return dataclasses.replace(recipe, model=model, data=data, loss=loss), source
+    if isinstance(recipe, Comparison):
+        return recipe.with_specs(lambda spec: _local(spec, local)), source
     rewards = {_local(spec, local): weight for spec, weight in recipe.rewards.items()}
     fields: dict[str, Any] = {"rewards": rewards, "judges": tuple(_local(s, local) for s in recipe.judges)}
     if isinstance(recipe, Shaped):

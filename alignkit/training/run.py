@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from alignkit.errors import RecipeError
+from alignkit.inference.comparison import Comparison, compare
 from alignkit.objectives.advantages import group_statistics
 from alignkit.policy import Conditioning
 from alignkit.policy.adapters import denoisers
@@ -74,6 +76,7 @@ class Run:
         self.open.enter_context(checkpointing(denoisers(self.policy.pipe), on=recipe.gradient_checkpointing))
         self.open.callback(self.runtime.track(recipe.tracker, directory.folder))
         self._ready_rewards(judges)
+        recipe = self.recipe = recipe.bound(self.policy)
         self.gather = Gather(recipe, self.policy, self.scoring, self.runtime, self.prompts, data, flag.poll)
         self.learner = Learner(
             recipe, self.policy, self.runtime, self.display.say, self._replay(), self.gather.anchor()
@@ -256,6 +259,8 @@ def start(recipe: AnyRecipe, folder: Path, source: Source | None = None, command
         CheckpointError: the folder already holds a run.
         SystemExit: the run was asked to stop (128 + signal); it can be resumed.
     """
+    if isinstance(recipe, Comparison):
+        return _compared(recipe, folder, source, command)
     session = session_of(recipe)
     recipe.validate()
     if not loop.first_process():
@@ -269,8 +274,21 @@ def start(recipe: AnyRecipe, folder: Path, source: Source | None = None, command
 def resume(folder: Path, command: list[str] | None = None) -> Path:
     """Continue a run from its newest commit, bit for bit; from step 0, with a sentence, if it has none."""
     recipe, _ = reload(folder)
+    if isinstance(recipe, Comparison):
+        with checkpoint.lock(folder):
+            return compare(recipe, folder)
     with checkpoint.lock(folder) if loop.first_process() else nullcontext():
         return loop.drive(session_of(recipe), RunDir(folder), command, again=True)
+
+
+def _compared(recipe: Comparison, folder: Path, source: Source | None, command: list[str] | None) -> Path:
+    """Run a comparison in a new run directory."""
+    recipe.validate()
+    directory = RunDir.create(folder)
+    with checkpoint.lock(folder):
+        save(folder, recipe, source)
+        directory.write_environment("cuda" if torch.cuda.is_available() else "cpu", command or sys.argv)
+        return compare(recipe, folder)
 
 
 def session_of(recipe: AnyRecipe) -> Callable[[RunDir, StopFlag], Session]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from alignkit.errors import RecipeError
+from alignkit.inference.comparison import Comparison
 from alignkit.rewards.loading import tiny as tiny_reward
 from alignkit.training import shrink
 from alignkit.training.blueprint import DENOISERS, build, class_named, configurations, count, local_folder
@@ -41,7 +42,8 @@ def tiny(recipe: AnyRecipe, out: Path) -> AnyRecipe:
 
     A recipe that learns from data gets a few random pictures or videos instead, written to `out/data`.
 
-    A reward model's recipe keeps its model, which is the recipe's own code, and does two steps of two examples.
+    A reward model's recipe keeps its model, which is the recipe's own code, and does two steps of two examples. A
+    comparison keeps its model too, with two prompts, one seed and two denoising steps.
 
     Rewards whose weights are on the hub get tiny random ones, written to `out/rewards` and read by their own code.
 
@@ -55,6 +57,8 @@ def tiny(recipe: AnyRecipe, out: Path) -> AnyRecipe:
         raise RecipeError(f"{out} already holds a run; give --tiny another --out, or none for a temporary folder")
     if isinstance(recipe, RewardModel):
         return dataclasses.replace(recipe, steps=2, batch=2, eval_every=1, time_limit=None)
+    if isinstance(recipe, Comparison):  # noise-aware rewards fit one model only, so it keeps its own
+        return dataclasses.replace(recipe, limit=2, seeds=recipe.seeds[:1], num_steps=2)
     pipeline = write_model(recipe.model, out / "model")
     rewards = {tiny_reward(spec, out / "rewards"): weight for spec, weight in recipe.rewards.items()}
     judges = tuple(tiny_reward(judge, out / "rewards") for judge in recipe.judges)
