@@ -1,0 +1,192 @@
+"""ReNO: the first noise of a few-step generator, optimised by reward gradients through the whole sampler (2406.04312).
+
+Algorithm
+1. x0 = the deterministic sampler from noise z; r = the total reward of x0, decoded.
+2. g = gradient of `-r + regularity * (|z|^2 / 2 - (d - 1) log |z|)`, its norm clipped at `clip`.
+3. z moves by SGD with Nesterov momentum.
+4. Again; of each prompt the sample with the largest reward is kept.
+
+Deliberate deviations from the published code: the norm is clipped sample by sample, so that a sample does not depend on
+its batch, and rewards enter with the weights of the call (published: HPS 5, ImageReward 1, CLIP 0.01, PickScore 0.05).
+The published generators take one step; more steps work, and each is run again for its gradient where `checkpoint` is
+on, which keeps the memory that of one step.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from alignkit.errors import AlignkitError, RecipeError
+from alignkit.flow.path import expand_to
+from alignkit.flow.transition import ODE
+from alignkit.inference.method import Calls, Method
+from alignkit.inference.runs import comparable, rows_where
+from alignkit.inference.search import require_pure_noise
+from alignkit.inference.task import Found, Task, streams
+from alignkit.policy.conditioning import Conditioning
+
+FEW_STEPS = 4
+
+
+@dataclass(frozen=True)
+class ReNO(Method):
+    """Noise optimisation; the budget is the number of iterations.
+
+    One iteration is the denoiser calls of one plain sample and, but for the last, their backward. Every step is run
+    once more in that backward where `checkpoint` is on; like the backward itself, that is no part of the budget and is
+    not counted as a denoiser call.
+
+    Attributes:
+        lr, momentum: of SGD with Nesterov momentum.
+        clip: the largest norm of one sample's gradient.
+        regularity: weight of `norm_regulariser`, which keeps the noise as long as Gaussian noise is.
+        checkpoint: keep one step's activations at a time and run every step again for its gradient.
+    """
+
+    name: ClassVar[str] = "reno"
+    default_budget: ClassVar[float] = 50.0
+
+    lr: float = 5.0
+    momentum: float = 0.9
+    clip: float = 0.1
+    regularity: float = 0.01
+    checkpoint: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in {"lr": self.lr, "clip": self.clip}.items():
+            if not value > 0.0:
+                raise RecipeError(f"{name}={value} must be above 0")
+        if not 0.0 <= self.momentum < 1.0:
+            raise RecipeError(f"momentum={self.momentum} must lie in [0, 1); published: 0.9")
+        if not self.regularity >= 0.0:
+            raise RecipeError(f"regularity={self.regularity} must be at least 0; published: 0.01")
+
+    def check(self, task: Task) -> None:
+        """Raises RecipeError where a reward gives no gradient."""
+        super().check(task)
+        task.judges.require_differentiable(self.name)
+
+    def calls(self, num_steps: int, budget: float) -> Calls:
+        """What one prompt costs; the last iterate needs no gradient, and the best one is decoded once more."""
+        count = int(budget)
+        return Calls(
+            denoiser=count * num_steps,
+            denoiser_gradients=(count - 1) * num_steps,
+            decodes=count + 1,
+            decode_gradients=count - 1,
+            rewards=count + 1,
+        )
+
+    def draw(self, task: Task, cond: Any, rng: list[torch.Generator]) -> Found:
+        """The best sample on each prompt's way through the noises."""
+        require_steppable(cond)
+        z = task.policy.initial_latents(cond, streams(rng, 1))
+        require_pure_noise(z, task.policy.initial_latents(cond, streams(rng, 1)), "noise optimisation")
+        if task.num_steps > FEW_STEPS:
+            task.note("advice", f"{task.num_steps} steps: noise optimisation is meant for 1 to {FEW_STEPS}")
+        buffer, best_x0, best = None, z, torch.full((len(z),), torch.nan, device=z.device)
+        for iteration in range(1, int(task.budget) + 1):
+            x0, reward, gradient = self._looked(task, z, cond, iteration < int(task.budget))
+            task.note("reward", reward.tolist())
+            task.note("noise_norm", rearrange(z, "p ... -> p (...)").norm(dim=1).tolist())
+            better = (comparable(reward) > comparable(best)) | (iteration == 1)
+            best = torch.where(better, reward, best)
+            best_x0 = rows_where(better, x0, best_x0)
+            if gradient is not None:
+                require_finite(gradient, iteration, cond)
+                z, buffer = nesterov_step(z, buffer, clipped(gradient, self.clip), self.lr, self.momentum)
+        return task.score(best_x0, cond)
+
+    def _looked(self, task: Task, z: Tensor, cond: Any, follow: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Clean latents (P, ...) of noise z, their rewards (P,) and, if asked for, the loss's gradient (P, ...)."""
+        with torch.set_grad_enabled(follow):
+            noise = z.detach().requires_grad_(follow)
+            x0 = sampled(task, noise, cond, self.checkpoint and follow)
+            reward = task.reward_of_clean(x0, cond)
+            if not follow:
+                return x0, reward, None
+            loss = self.regularity * norm_regulariser(noise) - reward
+            (gradient,) = torch.autograd.grad(loss.sum(), noise)
+        return x0.detach(), reward.detach(), gradient
+
+
+# formulas
+
+
+def norm_regulariser(z: Tensor) -> Tensor:
+    """(P,) `|z|^2 / 2 - (d - 1) log |z|` of z (P, ...) with d numbers each: minus the log-density of the length of
+    Gaussian noise, up to a constant (ReNO, 2406.04312); least where |z|^2 = d - 1."""
+    flat = rearrange(z, "p ... -> p (...)")
+    norm = flat.norm(dim=1)
+    return norm.square() / 2.0 - (flat.shape[1] - 1) * norm.log()
+
+
+def clipped(gradient: Tensor, limit: float) -> Tensor:
+    """(P, ...): rows longer than `limit` shortened to it."""
+    norm = rearrange(gradient, "p ... -> p (...)").norm(dim=1)
+    return gradient * expand_to((limit / norm.clamp_min(limit)), gradient)
+
+
+def nesterov_step(
+    z: Tensor, buffer: Tensor | None, gradient: Tensor, lr: float, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """(next z, next buffer), all (P, ...): SGD with Nesterov momentum as `torch.optim.SGD` does it."""
+    buffer = gradient if buffer is None else momentum * buffer + gradient
+    return z - lr * (gradient + momentum * buffer), buffer
+
+
+# the sampler with gradients
+
+
+def sampled(task: Task, z: Tensor, cond: Any, keep_one_step: bool) -> Tensor:
+    """(P, ...) clean latents of the deterministic sampler from first latents z (P, ...); gradients flow to z."""
+    x = z
+    for index in range(len(cond.timesteps)):
+        task.poll()
+        task.spent.denoiser += len(x)  # here, so that a step that runs again for its gradient is counted once
+        task.spent.denoiser_gradients += len(x) if torch.is_grad_enabled() else 0
+        step = functools.partial(_step, task, index, cond)
+        x = checkpoint(step, x, use_reentrant=False, preserve_rng_state=False) if keep_one_step else step(x)
+    return x
+
+
+def _step(task: Task, index: int, cond: Any, x: Tensor) -> Tensor:
+    v = task.policy.velocity(x, cond.timesteps[index], cond)
+    s = cond.sigmas
+    return ODE.build(task.policy.path, x, v, float(s[index]), float(s[index + 1]), float(s[1])).mean
+
+
+def require_steppable(cond: Any) -> None:
+    """Raise where single steps, one after another, are not the pipeline's run.
+
+    Raises:
+        RecipeError: the loop puts known parts into the latents after every step.
+    """
+    if isinstance(cond, Conditioning) and cond.layout.blends:
+        raise RecipeError(
+            "this pipeline puts known parts (a mask, given frames) into the latents after every step of its loop, and "
+            "noise optimisation takes its steps without the loop; use method='best_of_n' or 'search'"
+        )
+
+
+def require_finite(gradient: Tensor, iteration: int, cond: Any) -> None:
+    """Raise where a sample's gradient is not finite.
+
+    Raises:
+        AlignkitError: names the prompt, the iteration and the usual cause.
+    """
+    broken = ~rearrange(gradient, "p ... -> p (...)").isfinite().all(dim=1)
+    if bool(broken.any()):
+        prompt = cond.prompts[int(broken.nonzero()[0, 0])]
+        raise AlignkitError(
+            f"the gradient of the first noise is not finite at iteration {iteration} for prompt {prompt.id} "
+            f"{str(prompt)!r}; usual causes: half precision (run the pipeline in float32 or bfloat16), or a reward "
+            "whose gradient is infinite (a square root or logarithm of 0)"
+        )
