@@ -152,7 +152,7 @@ def compare(recipe: Comparison, folder: Path, say: Any = None) -> Path:
     """Draw what is missing in a run directory, measure, write tables and pictures; returns the folder."""
     from alignkit.inference.comparison_report import picture, table
 
-    say = Console(highlight=False).print if say is None else say
+    say = Console(highlight=False, markup=False, soft_wrap=True).print if say is None else say
     began = time.monotonic()
     prompts = load_prompts(resolved(recipe.prompts))[: recipe.limit]
     drawn = {name: draw(recipe, name, prompts, folder / "arms", say) for name in recipe.arms}

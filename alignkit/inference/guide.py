@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
+from PIL import Image
+from rich.console import Console
 from rich.progress import Progress
 
 from alignkit.errors import RecipeError
@@ -21,6 +24,7 @@ from alignkit.inference.method import Method
 from alignkit.inference.task import Found, Task, pieces_of
 from alignkit.policy import Policy
 from alignkit.rewards.loading import split_options
+from alignkit.rewards.pixels import to_uint8
 
 METHODS: dict[str, str] = {
     "best_of_n": "alignkit.inference.method:BestOfN",
@@ -52,6 +56,12 @@ class Guided:
     latents: torch.Tensor
     trace: Mapping[str, Any]
 
+    @property
+    def images(self) -> list[Image.Image]:
+        """The media as pictures, a video as its frames beside each other."""
+        rows = self.media if self.media.ndim == 4 else rearrange(self.media, "b t c h w -> b c h (t w)")
+        return [Image.fromarray(pixels) for pixels in to_uint8(rows.detach().float().cpu())]
+
 
 def guide(
     pipe: Any,
@@ -65,7 +75,7 @@ def guide(
     seed: int | Sequence[int] = 0,
     batch: int = 16,
     judges: Iterable[Spec] = (),
-    progress: bool = False,
+    progress: bool = True,
     **call: Any,
 ) -> Guided:
     """Sample from a pipeline what rewards prefer, without training it.
@@ -87,7 +97,7 @@ def guide(
         seed: of the pipeline's own draws before its loop, see `Policy.condition`.
         batch: samples that are denoised at once; at least as many as the method needs of one prompt.
         judges: rewards that are reported in `parts` and have no say.
-        progress: show a bar.
+        progress: show a bar in a terminal.
         call: the pipeline's own keywords (height, guidance_scale, negative_prompt, image, ...).
 
     Raises:
@@ -168,6 +178,7 @@ def generators_of(rng: torch.Generator | list[torch.Generator] | None, count: in
 @contextmanager
 def bar(method: Method, task: Task, prompts: int) -> Iterator[Callable[[], None]]:
     """A progress bar over the denoiser calls of a task, and the function that moves it."""
-    with Progress(transient=True) as shown:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
         line = shown.add_task(method.name, total=method.calls(task.num_steps, task.budget).denoiser * prompts)
         yield lambda: shown.update(line, completed=task.spent.denoiser)
