@@ -121,11 +121,15 @@ class Strength:
             raise RecipeError(f"sigma_singular={self.sigma_singular} must lie in (0, 1]; 0.999 skips a step at sigma 1")
         scheduled(self.schedule, 0.0)
 
-    def at(self, index: int, num_steps: int, sigma: float) -> float:
-        """The weight of step `index` of `num_steps`, at noise level `sigma`; 0: the step is not guided."""
+    def share(self, index: int, num_steps: int, sigma: float) -> float:
+        """How much of the weight counts at step `index` of `num_steps`, at noise level `sigma`; 0: no guidance."""
         if sigma >= self.sigma_singular:
             return 0.0
-        return self.weight * scheduled(self.schedule, index / num_steps, self.start, self.stop)
+        return scheduled(self.schedule, index / num_steps, self.start, self.stop)
+
+    def at(self, index: int, num_steps: int, sigma: float) -> float:
+        """The weight of that step."""
+        return self.weight * self.share(index, num_steps, sigma)
 
     def guided(self, path: Path, v: Tensor, gradient: Tensor, sigma: float, weight: float) -> Tensor:
         """The guided velocity (B, ...), `weight` being that of the step; see `with_score_gradient`."""
