@@ -38,6 +38,7 @@ TABLE: dict[str, str] = {
     "self_reward": "alignkit.rewards.understanding:SelfReward",
     "region_map": "alignkit.rewards.region_map:RegionMap",
     "solace": "alignkit.rewards.solace:Solace",
+    "noise_aware": "alignkit.rewards.noise_aware:NoiseAwareReward",
     # video
     "video_reward": "alignkit.rewards.video_reward:VideoReward",
     "segmental": "alignkit.rewards.video:Segmental",
