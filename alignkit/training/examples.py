@@ -9,7 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from alignkit.flow.path import Path, RectifiedFlow, expand_to
 from alignkit.types import Prompt
+
+RECTIFIED = RectifiedFlow()
 
 
 @runtime_checkable
@@ -35,6 +38,9 @@ class PairBatch:
         prompts: B prompts.
         ties: (B,) bool, True where neither is preferred; None: no ties.
         sigma: (B,) noise level of both sides; None: clean.
+        preferred: (B, D) for each of D dimensions 1 where the winner is the better, -1 where the loser is, 0 where
+            the pair says nothing of it; None: there is one dimension, and winners win.
+        path: how latents are noised; pictures and rectified flow have the default.
     """
 
     winners: Tensor
@@ -42,16 +48,18 @@ class PairBatch:
     prompts: Sequence[Prompt]
     ties: Tensor | None = None
     sigma: Tensor | None = None
+    preferred: Tensor | None = None
+    path: Path = RECTIFIED
 
     def to(self, device: torch.device) -> PairBatch:
-        ties = None if self.ties is None else self.ties.to(device)
-        return replace(self, winners=self.winners.to(device), losers=self.losers.to(device), ties=ties)
+        held = {name: getattr(self, name) for name in ("winners", "losers", "ties", "sigma", "preferred")}
+        return replace(self, **{name: value.to(device) for name, value in held.items() if value is not None})
 
     def noised(self, low: float, high: float, rng: torch.Generator) -> PairBatch:
         """Both sides of a pair get the same noise and the same level, so that only the pictures differ."""
         sigma = levels(len(self.winners), low, high, rng)
         eps = torch.randn(self.winners.shape, generator=rng)
-        winners, losers = (at_level(x, eps, sigma) for x in (self.winners, self.losers))
+        winners, losers = (at_level(x, eps, sigma, self.path) for x in (self.winners, self.losers))
         return replace(self, winners=winners, losers=losers, sigma=sigma.to(winners.device))
 
 
@@ -128,10 +136,9 @@ def levels(count: int, low: float, high: float, rng: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(count, generator=rng)
 
 
-def at_level(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
-    """`(1 - sigma) x0 + sigma eps`, on x0's device; sigma (B,), eps broadcasts to x0 (B, ...)."""
-    scale = sigma.to(x0.device).reshape(-1, *(1,) * (x0.ndim - 1))
-    return (1 - scale) * x0 + scale * eps.to(x0.device)
+def at_level(x0: Tensor, eps: Tensor, sigma: Tensor, path: Path = RECTIFIED) -> Tensor:
+    """`alpha(sigma) x0 + sigma eps`, on x0's device; sigma (B,), eps broadcasts to x0 (B, ...)."""
+    return expand_to(path.alpha(sigma), x0) * x0 + expand_to(sigma, x0) * eps.to(x0.device)
 
 
 def score(model: nn.Module, media: Tensor, prompts: Sequence[Prompt], sigma: Tensor | None) -> Tensor:

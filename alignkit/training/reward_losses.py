@@ -29,6 +29,26 @@ def bradley_terry(model: nn.Module, batch: PairBatch, rng: torch.Generator) -> t
     return loss, {"accuracy": _share(ahead[0] > ahead[1]), "margin": float((ahead[0] - ahead[1]).detach().mean())}
 
 
+def bradley_terry_dimensions(model: nn.Module, batch: PairBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
+    """Sum over dimensions of -log sigmoid of the better side's lead, mean over pairs; a dimension of which a pair says
+    nothing adds nothing (Flow-NRG, VideoAlign 2501.13918). The scorer gives (B, D)."""
+    _require(batch, PairBatch, "bradley_terry_dimensions")
+    winners, losers = _scores_of_pairs(model, batch)
+    if batch.preferred is None or batch.preferred.shape != winners.shape:
+        given = None if batch.preferred is None else tuple(batch.preferred.shape)
+        raise RecipeError(
+            f'loss="bradley_terry_dimensions" got scores {tuple(winners.shape)} and preferred={given}; both must be '
+            "(pairs, dimensions)"
+        )
+    counts = batch.preferred != 0
+    swapped = batch.preferred < 0
+    ahead, behind = torch.where(swapped, losers, winners), torch.where(swapped, winners, losers)
+    loss = (preference.bradley_terry(ahead, behind) * counts).sum(dim=1).mean()
+    right = (ahead > behind).detach()
+    told = {f"accuracy_{i}": _share(right[:, i][counts[:, i]]) for i in range(counts.shape[1]) if counts[:, i].any()}
+    return loss, {"accuracy": _share(right[counts]), **told}
+
+
 def softmax_preference(model: nn.Module, batch: PairBatch | ChoiceBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
     """Cross-entropy over the images of one prompt; scores are logits, so the scorer applies its own scale."""
     _require(batch, (PairBatch, ChoiceBatch), "softmax_preference")
@@ -75,6 +95,7 @@ def self_distillation(model: nn.Module, batch: ViewBatch, rng: torch.Generator) 
 
 LOSSES: Mapping[str, Loss] = {
     "bradley_terry": bradley_terry,
+    "bradley_terry_dimensions": bradley_terry_dimensions,
     "softmax_preference": softmax_preference,
     "yes_no": yes_no,
     "self_distillation": self_distillation,
