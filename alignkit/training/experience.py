@@ -38,6 +38,7 @@ class Experience:
             preferred side.
         media: (B, 3, H, W) or (B, T, 3, H, W) in [0, 1], where the recipe still needs them after they were scored.
         maps: (B, h, w) how right each region is, where the recipe learns from regions.
+        process: (B, V) what a guide says of each recorded step, where the recipe learns from it.
         gate: (B,) how much each sample's anchor counts; None: 1.
         empty: the same samples without their captions, where the recipe drops some.
         views: what is trained on, each of B samples.
@@ -52,6 +53,7 @@ class Experience:
     losers: torch.Tensor | None = None
     media: torch.Tensor | None = None
     maps: torch.Tensor | None = None
+    process: torch.Tensor | None = None
     gate: torch.Tensor | None = None
     empty: Conditioning | None = None
     views: tuple[View, ...] = ()
@@ -67,7 +69,7 @@ class Experience:
 
     def with_rows(self, rows: list[int]) -> Experience:
         """Some of the samples, in this order, each its own group; views are left behind."""
-        kept = {n: getattr(self, n) for n in ("features", "losers", "media", "maps", "gate")}
+        kept = {n: getattr(self, n) for n in ("features", "losers", "media", "maps", "process", "gate")}
         steps = tuple(record[rows] for record in self.rollouts.steps)
         return replace(
             self,
@@ -162,11 +164,13 @@ def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
     steps: list[StepRecord] = []
     for records in zip(*(part.steps for part in parts), strict=True):
         first = records[0]
-        tensors = {
+        tensors: dict[str, Any] = {
             n: torch.cat([getattr(r, n) for r in records]) for n in ("latents", "next_latents", "mean", "log_prob")
         }
-        mask = None if first.mask is None else torch.cat([r.mask for r in records if r.mask is not None])
-        steps.append(StepRecord(first.index, first.timestep, first.sigma, first.sigma_next, mask=mask, **tensors))
+        for name in ("mask", "shift"):
+            own = [value for r in records if (value := getattr(r, name)) is not None]
+            tensors[name] = torch.cat(own) if own else None
+        steps.append(StepRecord(first.index, first.timestep, first.sigma, first.sigma_next, **tensors))
     return Rollouts(torch.cat([part.x0 for part in parts]), tuple(steps), parts[0].sigmas)
 
 

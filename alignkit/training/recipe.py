@@ -190,6 +190,10 @@ class Recipe:
         """
         raise NotImplementedError(f"{type(self).__name__} must define weigh()")
 
+    def bound(self, policy: Policy) -> Recipe:
+        """The recipe with what it needs of the policy, asked once before the first round."""
+        return self
+
     def completed(self, experience: Experience, rewards: Weighted) -> Experience:
         """The experience with what the method needs beside samples and scores, such as region maps."""
         return experience

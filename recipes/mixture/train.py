@@ -46,6 +46,7 @@ def train(
     """
     recipe.validate()
     trained, runtime, rewards = cast(Policy, policy), Runtime("fp32"), Weighted(recipe.rewards)
+    recipe = recipe.bound(trained)
     gather = Gather(recipe, trained, Scoring(rewards), runtime, prompts(recipe.prompts_per_step), None, _go_on)
     learner = Learner(recipe, trained, runtime, _say_nothing, None, gather.anchor())
     adversary = _adversary(recipe, rewards, runtime, references)
