@@ -245,5 +245,4 @@ def tempered(index: int, gamma: float) -> float:
 def twist(latents: Tensor, mean: Tensor, shift: Tensor, std: Tensor, mask: Tensor | None = None) -> Tensor:
     """(B,) log N(x | mean, std) - log N(x | mean + shift, std) over the free positions of latents (B, ...): what a
     particle that was drawn with a shifted mean is weighted by."""
-    difference = shift.double() * (shift.double() - 2.0 * (latents - mean).double())
-    return reduce_positions(difference / (2.0 * std.double() ** 2), mask, "sum")
+    return reduce_positions(shift * (shift - 2.0 * (latents - mean)) / (2.0 * std**2), mask, "sum")
