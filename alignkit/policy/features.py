@@ -7,7 +7,7 @@ and ends the pipeline's call there, so that the rest of the denoiser does not ru
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -104,20 +104,20 @@ def _checked(denoiser: nn.Module, depth: int) -> list[tuple[nn.ModuleList, int]]
 
 
 @contextmanager
-def _ending(denoiser: nn.Module, depth: int, own: Sequence[nn.Module] | None) -> Iterator[None]:
+def _ending(denoiser: nn.Module, depth: int, own: nn.ModuleList | None) -> Iterator[None]:
     """Context: calls of the denoiser end after `depth` blocks, by raising `Reached`; `own` stand in for the first."""
     chain = _checked(denoiser, depth)
     if own is not None and len(own) != depth:
         raise RecipeError(f"{len(own)} blocks for depth={depth}; give one for each")
     before = [held[place] for held, place in chain[:depth]]
-    last = before[-1] if own is None else own[-1]
+    blocks = before if own is None else list(own)
 
     def reached(module: nn.Module, inputs: Any, output: Any) -> None:
         raise Reached(as_tokens(output))
 
-    hook = last.register_forward_hook(reached)
+    hook = blocks[-1].register_forward_hook(reached)
     try:
-        for (held, place), block in zip(chain[:depth], before if own is None else own, strict=True):
+        for (held, place), block in zip(chain[:depth], blocks, strict=True):
             held[place] = block
         with _without_checkpointing(denoiser):
             yield
@@ -148,7 +148,7 @@ def features(
     t: torch.Tensor | float,
     cond: Conditioning,
     depth: int,
-    blocks: Sequence[nn.Module] | None = None,
+    blocks: nn.ModuleList | None = None,
 ) -> torch.Tensor:
     """(B, N, D) float32: the hidden states after the first `depth` blocks; see `Policy.features`."""
     plain, times = cond.unguided, torch.as_tensor(t)

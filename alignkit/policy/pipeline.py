@@ -221,7 +221,7 @@ class Policy:
         t: torch.Tensor | float,
         cond: Conditioning,
         depth: int,
-        blocks: Sequence[torch.nn.Module] | None = None,
+        blocks: torch.nn.ModuleList | None = None,
     ) -> torch.Tensor:
         """(B, N, D) float32: hidden states after the denoiser's first `depth` blocks, without guidance; gradients flow
         to `x`, and the rest of the denoiser does not run.

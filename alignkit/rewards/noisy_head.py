@@ -22,6 +22,7 @@ from torch import nn
 
 from alignkit.errors import RecipeError, RewardError
 from alignkit.rewards.tensor_files import read_tensors
+from alignkit.rewards.weights import on
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -172,6 +173,7 @@ class NoisyScorer(nn.Module):
         Raises:
             RewardError: the tokens have another width than those it was trained on.
         """
+        on(self, latents.device)
         with policy.reference():
             t = policy.timestep_of(sigma)
             tokens = policy.features(latents, t, cond, self.config.depth, self.blocks)
@@ -182,7 +184,7 @@ class NoisyScorer(nn.Module):
             )
         if self.config.tokens is not None:
             tokens = tokens[:, -self.config.tokens :]
-        return self.head(tokens, sigma.to(tokens.device))
+        return self.head(tokens, sigma.to(latents.device))
 
     def once(self, policy: ShowsFeatures, latents: torch.Tensor, sigma: torch.Tensor, cond: Any) -> torch.Tensor:
         """`scores`, not computed again for the same latents: several dimensions share one forward, and one graph.

@@ -113,17 +113,17 @@ def test_the_policy_works_as_before_afterwards(name: str) -> None:
 
 
 def test_blocks_of_ones_own_stand_in_for_the_first_and_learn() -> None:
-    policy = Policy(shared("qwen_image"))
+    policy = Policy(ZOO["qwen_image"].build())
     cond = conditioned(policy, "qwen_image")
     x, t = started(policy, cond), float(cond.timesteps[1])
-    own = policy.first_blocks(2).requires_grad_(True)
+    own: Any = policy.first_blocks(2).requires_grad_(True)
     assert torch.equal(policy.features(x, t, cond, 2, own), policy.features(x, t, cond, 2))
     policy.features(x, t, cond, 2, own).square().mean().backward()
     assert all(block.attn.to_q.weight.grad.abs().sum() > 0 for block in own)
     with torch.no_grad():
         own[0].attn.to_q.weight.mul_(-1)
     assert not torch.allclose(policy.features(x, t, cond, 2, own), policy.features(x, t, cond, 2))
-    assert not any(p.grad is not None for p in policy.pipe.transformer.parameters())
+    assert not any(p.grad is not None for p in policy.pipe.transformer.transformer_blocks.parameters())
 
 
 def test_copied_blocks_have_no_adapters() -> None:

@@ -75,7 +75,8 @@ def test_dimensions_of_one_folder_share_a_head_and_a_forward(folder: Path) -> No
     assert first._scorer is second._scorer
     calls: list[int] = []
     hook = first._scorer.head.register_forward_hook(lambda *_: calls.append(1))
-    first(x, sigma, cond), second(x, sigma.clone(), cond)
+    first(x, sigma, cond)
+    second(x, sigma.clone(), cond)
     assert len(calls) == 1
     first(x, sigma / 2, cond)
     second(x, sigma / 2, conditioned(policy))
@@ -164,7 +165,7 @@ def test_noise_levels_are_embedded_apart() -> None:
     found = level_embedding(torch.linspace(0, 1, 101))
     distance = torch.cdist(found, found) + 10 * torch.eye(101)
     assert distance.min() > 0.1
-    assert_close(found[0, :64], torch.zeros(64)), assert_close(found[0, 64:], torch.ones(64))
+    assert_close(found[0], torch.tensor([0.0] * 64 + [1.0] * 64))
 
 
 # files and refusals
