@@ -8,20 +8,18 @@ Algorithm
 
 Deliberate deviations from the published code: the norm is clipped sample by sample, so that a sample does not depend on
 its batch, and rewards enter with the weights of the call (published: HPS 5, ImageReward 1, CLIP 0.01, PickScore 0.05).
-The published generators take one step; more steps work, and each is run again for its gradient where `checkpoint` is
-on, which keeps the memory that of one step.
+The published generators take one step. More steps work: with `checkpoint` each runs again for its gradient, so memory
+holds the activations of one step, or of the decoder and the rewards, whichever are larger.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.flow.path import expand_to
@@ -106,15 +104,22 @@ class ReNO(Method):
 
     def _looked(self, task: Task, z: Tensor, cond: Any, follow: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Clean latents (P, ...) of noise z, their rewards (P,) and, if asked for, the loss's gradient (P, ...)."""
+        noise = z.detach().requires_grad_(follow)
+        with torch.set_grad_enabled(follow and not self.checkpoint):
+            states = trajectory(task, noise, cond)
+        x0 = states[-1].detach().requires_grad_(follow)
         with torch.set_grad_enabled(follow):
-            noise = z.detach().requires_grad_(follow)
-            x0 = sampled(task, noise, cond, self.checkpoint and follow)
             reward = task.reward_of_clean(x0, cond)
             if not follow:
                 return x0, reward, None
-            loss = self.regularity * norm_regulariser(noise) - reward
-            (gradient,) = torch.autograd.grad(loss.sum(), noise)
-        return x0.detach(), reward.detach(), gradient
+            length = norm_regulariser(noise)
+        (gradient,) = torch.autograd.grad(reward.sum(), x0)
+        if self.checkpoint:
+            gradient = pulled_back(task, states, cond, gradient)
+        else:
+            (gradient,) = torch.autograd.grad(states[-1], noise, gradient)
+        (inwards,) = torch.autograd.grad(length.sum(), noise)
+        return x0.detach(), reward.detach(), self.regularity * inwards - gradient
 
 
 # formulas
@@ -145,20 +150,33 @@ def nesterov_step(
 # the sampler with gradients
 
 
-def sampled(task: Task, z: Tensor, cond: Any, keep_one_step: bool) -> Tensor:
-    """(P, ...) clean latents of the deterministic sampler from first latents z (P, ...); gradients flow to z."""
-    x = z
-    for index in range(len(cond.timesteps)):
+def trajectory(task: Task, z: Tensor, cond: Any) -> list[Tensor]:
+    """What enters every step of the deterministic sampler from first latents z (P, ...), and the clean latents."""
+    states = [z]
+    for index, t in enumerate(cond.timesteps):
         task.poll()
-        task.spent.denoiser += len(x)  # here, so that a step that runs again for its gradient is counted once
-        task.spent.denoiser_gradients += len(x) if torch.is_grad_enabled() else 0
-        step = functools.partial(_step, task, index, cond)
-        x = checkpoint(step, x, use_reentrant=False, preserve_rng_state=False) if keep_one_step else step(x)
-    return x
+        states.append(stepped(task, index, cond, states[-1], task.velocity(states[-1], t, cond)))
+    return states
 
 
-def _step(task: Task, index: int, cond: Any, x: Tensor) -> Tensor:
-    v = task.policy.velocity(x, cond.timesteps[index], cond)
+def pulled_back(task: Task, states: list[Tensor], cond: Any, gradient: Tensor) -> Tensor:
+    """The gradient (P, ...) with respect to the first of `states` from that with respect to the last.
+
+    Every step is run again, alone. Not with torch's checkpointing: that would call the policy from autograd's own
+    thread, and the lock of a policy belongs to the thread that holds it.
+    """
+    for index in reversed(range(len(cond.timesteps))):
+        task.poll()
+        task.spent.denoiser_gradients += len(gradient)
+        with torch.enable_grad():
+            x = states[index].detach().requires_grad_()
+            v = task.policy.velocity(x, cond.timesteps[index], cond)
+            (gradient,) = torch.autograd.grad(stepped(task, index, cond, x, v), x, gradient)
+    return gradient
+
+
+def stepped(task: Task, index: int, cond: Any, x: Tensor, v: Tensor) -> Tensor:
+    """(P, ...) what follows latents x with velocity v at step `index`."""
     s = cond.sigmas
     return ODE.build(task.policy.path, x, v, float(s[index]), float(s[index + 1]), float(s[1])).mean
 

@@ -9,7 +9,7 @@ where they promise more:
     drafts   few-step drafts of many noises, full renders of the winners (Flash-BoN)
 
 Whatever they do, the sampler is deterministic and the calls stay within the budget; `trace["calls_left"]` says how many
-a prompt had left.
+a prompt has left, once per batch of prompts.
 """
 
 from __future__ import annotations
