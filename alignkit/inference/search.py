@@ -53,7 +53,7 @@ class Search(Method):
         branches: of paths: runs that go on from one survivor, itself included; 1 only prunes. There are never more
             runs than at the start.
         back: of paths: the share of the steps by which the copies of a survivor are taken back.
-        draft_steps: of drafts: steps of a draft; None: a quarter of the run's.
+        draft_steps: of drafts: steps of a draft; None: a quarter of the run's, at least 2.
         winners: of drafts: how many are rendered in full.
     """
 
@@ -94,7 +94,7 @@ class Search(Method):
 
     def drafts(self, num_steps: int, budget: float) -> tuple[int, int]:
         """(how many drafts, of how many steps): what the full renders of the winners leave of the budget."""
-        steps = max(1, num_steps // 4) if self.draft_steps is None else self.draft_steps
+        steps = min(num_steps, max(2, num_steps // 4)) if self.draft_steps is None else self.draft_steps
         if not 1 <= steps <= num_steps:
             raise RecipeError(f"draft_steps={steps} must be one of 1..{num_steps}, the steps of a full render")
         count = (allowance(num_steps, budget) - self.winners * num_steps) // steps
@@ -310,7 +310,7 @@ def with_steps(task: Task, cond: Any, steps: int) -> Any:
     """The same conditioning on the pipeline's own grid of another length; only its grid is asked for again.
 
     Raises:
-        RecipeError: the pipeline makes another number of steps of it.
+        RecipeError: the pipeline makes another number of steps of it, or noise levels that are not numbers.
     """
     asked = max(1, round(cond.num_steps * steps / len(cond.timesteps)))  # image-to-image runs a share of its steps
     call: dict[str, Any] = {}
@@ -318,8 +318,11 @@ def with_steps(task: Task, cond: Any, steps: int) -> Any:
         call = {**cond[[0]].call(), "seed": cond.seeds[:1]}
         del call["prompt"]
     short = task.policy.condition(cond.prompts[:1], num_steps=asked, **call)
-    if len(short.timesteps) != steps:
-        raise RecipeError(f"the pipeline makes {len(short.timesteps)} of {steps} draft steps; give other draft_steps")
+    if len(short.timesteps) != steps or not bool(short.sigmas.isfinite().all()):
+        raise RecipeError(
+            f"the pipeline's own grid for draft_steps={steps} is {short.sigmas.tolist()}: its noise levels must be "
+            f"{steps + 1} numbers; give other draft_steps (some pipelines have no grid of one step)"
+        )
     return replace(cond, num_steps=asked, timesteps=short.timesteps, sigmas=short.sigmas)
 
 

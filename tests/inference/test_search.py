@@ -347,3 +347,12 @@ def test_a_draft_of_a_pipeline_is_the_pipelines_own_shorter_run() -> None:
         assert_close(x, policy.rollout(own, deterministic(3), generators(2)).x0)
         first = policy.initial_latents(short, generators(2))
         assert_close(first, policy.initial_latents(cond, generators(2)))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # diffusers' own grid of one step
+def test_a_draft_grid_that_a_pipeline_does_not_have_is_refused() -> None:
+    with Policy(shared("qwen_image")) as policy:
+        cond = policy.condition(list(PROMPTS), num_steps=4, **{**ZOO["qwen_image"].call, "true_cfg_scale": 1.0})
+        with pytest.raises(RecipeError, match="draft_steps=1.*no grid of one step"):
+            with_steps(Task(policy, Judges(contrast), 4, 3.0), cond, 1)
+        assert len(with_steps(Task(policy, Judges(contrast), 4, 3.0), cond, 2)) == 2
