@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from alignkit.training.crd import CRD
     from alignkit.training.dgpo import DGPO
     from alignkit.training.dpo import DPO
+    from alignkit.training.euphonium import Euphonium
     from alignkit.training.follow import Follow
     from alignkit.training.grpo import GRPO
     from alignkit.training.kto import KTO
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from alignkit.training.nft import NFT
     from alignkit.training.regional import Regional
     from alignkit.training.rwr import ADRPO, ORW, RWR, SFT
+    from alignkit.training.value_gradient import ValueGradient
     from alignkit.types import Pairs, Prompt, Rollouts, Scores
 
 __version__ = "0.1.0"
@@ -44,6 +46,7 @@ __all__ = [
     "Guided",
     # training
     "GRPO",
+    "Euphonium",
     "DPO",
     "KTO",
     "DGPO",
@@ -55,6 +58,7 @@ __all__ = [
     "AWM",
     "CRD",
     "Regional",
+    "ValueGradient",
     "Critic",
     "Follow",
     "Levels",
@@ -81,6 +85,7 @@ _HOMES = {
     "alignkit.policy": ("Policy", "Conditioning", "LoRA", "Full"),
     "alignkit.inference.guide": ("guide", "Guided"),
     "alignkit.training.grpo": ("GRPO",),
+    "alignkit.training.euphonium": ("Euphonium",),
     "alignkit.training.dpo": ("DPO",),
     "alignkit.training.kto": ("KTO",),
     "alignkit.training.dgpo": ("DGPO",),
@@ -89,6 +94,7 @@ _HOMES = {
     "alignkit.training.awm": ("AWM",),
     "alignkit.training.crd": ("CRD",),
     "alignkit.training.regional": ("Regional",),
+    "alignkit.training.value_gradient": ("ValueGradient",),
     "alignkit.training.adversary": ("Critic",),
     "alignkit.training.follow": ("Follow",),
     "alignkit.training.matching": ("Levels",),

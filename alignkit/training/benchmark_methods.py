@@ -27,6 +27,7 @@ from alignkit.training.benchmark_pipeline import TEXT_LENGTH
 from alignkit.training.crd import CRD
 from alignkit.training.dgpo import DGPO
 from alignkit.training.dpo import DPO
+from alignkit.training.euphonium import Euphonium
 from alignkit.training.experience import join_scores
 from alignkit.training.grpo import GRPO
 from alignkit.training.kto import KTO
@@ -38,11 +39,13 @@ from alignkit.training.run import Run
 from alignkit.training.run_dir import RunDir
 from alignkit.training.rwr import ADRPO, ORW, RWR, SFT
 from alignkit.training.signals import StopFlag
+from alignkit.training.value_gradient import ValueGradient
 from alignkit.types import Prompt
 
 UPDATES = 3  # timed, after one that warms up
 STEPS, VIEWS = 4, 2
 PIXELS = 64
+DISTILLED: Mapping[str, Any] = {"process_weight": 0.5, "distil_beta": 0.1}
 
 
 class Halves:
@@ -57,9 +60,19 @@ class Halves:
         return torch.tensor([[1.0, -0.5]]).expand(len(media), 1, 2)
 
 
+class Faint:
+    """A noise-aware reward: latents near 0."""
+
+    name, kind, differentiable, noise_aware = "faint", "latent", True, True
+
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, cond: Any) -> torch.Tensor:
+        return -latents.square().flatten(1).mean(dim=1)
+
+
 METHODS: Mapping[str, tuple[type[Recipe], Mapping[str, Any]]] = {
     "Flow-GRPO, window of 2": (GRPO, {"plan": "window", "noise": Noise("cps", 0.7)}),
     "Flow-GRPO, KL": (GRPO, {"plan": "window", "noise": Noise("cps", 0.7), "kl_beta": 0.01}),
+    "Euphonium": (Euphonium, {"plan": "window", "noise": Noise("cps", 0.7), "guide": {Faint(): 1.0}, **DISTILLED}),
     "Flow-DPO": (DPO, {}),
     "Diffusion-KTO": (KTO, {}),
     "DGPO": (DGPO, {}),
@@ -71,6 +84,7 @@ METHODS: Mapping[str, tuple[type[Recipe], Mapping[str, Any]]] = {
     "AWM": (AWM, {}),
     "CRD": (CRD, {}),
     "regional (SRUM)": (Regional, {"rewards": {Halves(): 1.0}}),
+    "velocity-gradient matching": (ValueGradient, {"guide": {Faint(): 1.0}}),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from alignkit.policy.adapters import LoRA
@@ -13,16 +13,19 @@ from alignkit.training.blueprint import Blueprint
 from alignkit.training.crd import CRD
 from alignkit.training.dgpo import DGPO
 from alignkit.training.dpo import DPO
+from alignkit.training.euphonium import Euphonium
 from alignkit.training.grpo import GRPO
 from alignkit.training.kto import KTO
 from alignkit.training.matching import Matching
 from alignkit.training.recipe import Recipe
 from alignkit.training.rwr import ADRPO, SFT
 from alignkit.training.shaped import Shaped
+from alignkit.training.steered import Steered
+from alignkit.training.value_gradient import ValueGradient
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32 = 4
-ALWAYS_COMPARES = (DPO, KTO, DGPO, ADRPO)
+ALWAYS_COMPARES = (DPO, KTO, DGPO, ADRPO, ValueGradient)
 """Methods whose loss has the reference in it, whatever their coefficients."""
 
 
@@ -42,6 +45,8 @@ class Round:
         micro_batch: samples (or pairs) per backward.
         rows_per_new_prompt: denoiser rows when a prompt is first drawn, where rewards are compared with the base's.
         rows_before: denoiser rows once, before the first round: samples of the base as data.
+        guide: latents of which the guide is asked, "forward", and those of them where its gradient is taken,
+            "backward". With an evenly spaced grid that begins at sigma 1, whose first step is not guided.
     """
 
     prompts: int
@@ -58,6 +63,7 @@ class Round:
     micro_batch: int
     rows_per_new_prompt: int = 0
     rows_before: int = 0
+    guide: Mapping[str, int] = field(default_factory=dict)
 
 
 def rows_per_sample(found: Blueprint, call: Mapping[str, Any]) -> int:
@@ -102,7 +108,21 @@ def round_of(recipe: Recipe, found: Blueprint, call: Mapping[str, Any]) -> Round
         micro_batch=min(recipe.micro_batch or units, max(units // recipe.updates, 1)),
         rows_per_new_prompt=based * each * recipe.num_steps,
         rows_before=recipe.data_samples * each * recipe.num_steps if drawn else 0,
+        guide=guide_of(recipe) if isinstance(recipe, Steered) else {},
     )
+
+
+def guide_of(recipe: Steered) -> dict[str, int]:
+    """How often a round asks its guide, in latents."""
+    if not isinstance(recipe, Euphonium):
+        taught = trained_of(recipe) * views_of(recipe)
+        return {"forward": taught, "backward": taught}
+    plan, strength = recipe.plan_for(0), recipe.strength()
+    sigmas = {k: 1.0 - k / recipe.num_steps for k in range(plan.start, recipe.num_steps)}
+    guided = sum(strength.at(k, recipe.num_steps, sigma) > 0 for k, sigma in sigmas.items())
+    ends = {end for k in plan.stochastic for end in (k, k + 1)} if recipe.process_weight else set()
+    samples = samples_of(recipe)
+    return {"forward": samples * (guided + len(ends)), "backward": samples * guided}
 
 
 def samples_of(recipe: Recipe) -> int:
@@ -185,11 +205,12 @@ def memory(
 def stored_latents(recipe: Recipe, rounds: Round) -> int:
     """How many latents of one sample's size a round keeps, in float32.
 
-    Final latents once. Of each recorded step what entered, what left, and the mean; of each noise level the noise and
-    the noised latents; of pairs both sides.
+    Final latents once. Of each recorded step what entered, what left, and the mean, and what guided it; of each noise
+    level the noise and the noised latents; of pairs both sides.
     """
     if not isinstance(recipe, Matching):
-        return rounds.samples * (3 * rounds.views + 1)
+        guided = isinstance(recipe, Euphonium) and recipe.guide_weight > 0
+        return rounds.samples * ((4 if guided else 3) * rounds.views + 1)
     if rounds.unit == "pairs":
         return rounds.samples + rounds.trained * (2 + 3 * rounds.views)
     return rounds.samples * (1 + 2 * rounds.views)

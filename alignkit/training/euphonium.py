@@ -8,8 +8,8 @@
 3. The recorded step is scored under the Gaussian of `v_theta + change`, so that before the first update the ratio is
    exactly 1: what is learnt is the difference between samples, not the guidance. A KL or velocity anchor compares with
    the reference under the same change.
-4. `distil_beta |v_theta - (v_old + change)|^2`, a mean over positions, moves the guidance into the weights, which sample
-   without a guide afterwards.
+4. `distil_beta |v_theta - (v_old + change)|^2`, a mean over positions, moves the guidance into the weights, which
+   sample without a guide afterwards.
 
 Assessments are never guided. With guide_weight=0, process_weight=0 this is Flow-GRPO, bit for bit.
 

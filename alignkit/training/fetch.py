@@ -16,6 +16,7 @@ from alignkit.shipped import resolved
 from alignkit.training.grpo import GRPO
 from alignkit.training.recipe_files import AnyRecipe
 from alignkit.training.reward_model import RewardModel
+from alignkit.training.steered import Steered
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def needs_of_recipe(recipe: AnyRecipe) -> list[Need]:
         return needs + [need for spec in recipe.specs for need in needs_of_reward(spec)]
     features = recipe.diversity_shaping if isinstance(recipe, GRPO) else None
     compared = [features] if features not in (None, "pixels", *recipe.rewards) else []
-    for spec in (*recipe.rewards, *recipe.judges, *compared):
+    guide = recipe.guide if isinstance(recipe, Steered) else ()
+    for spec in (*recipe.rewards, *recipe.judges, *compared, *guide):
         needs += needs_of_reward(spec)
     return needs
 

@@ -28,6 +28,7 @@ from alignkit.training.costs import FP32, memory, round_of
 from alignkit.training.recipe import Recipe
 from alignkit.training.recipe_files import AnyRecipe
 from alignkit.training.reward_model import RewardModel, made
+from alignkit.training.steered import Steered
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def plan(recipe: AnyRecipe) -> dict[str, Any]:
         "memory_bytes": memory(recipe, found, trained.parameters, rounds, numel, pixels_of(found, call)),
         "rewards": [reward_record(spec, weight) for spec, weight in recipe.rewards.items()]
         + [reward_record(spec, None) for spec in recipe.judges],
+        "guide": [reward_record(s, w) for s, w in recipe.guide.items()] if isinstance(recipe, Steered) else [],
         "measured": None,
     }
 
@@ -229,6 +231,9 @@ def lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     rows = rounds["rows"]
     parts = ", ".join(f"{name} {number:,}" for name, number in rows.items() if number and name != "total")
     yield "denoiser rows", f"{rows['total']:,} per round ({parts}); {rows['total'] * record['rounds']:,} in all"
+    if rounds["guide"]:
+        asked, followed = rounds["guide"]["forward"], rounds["guide"]["backward"]
+        yield "guide", f"asked of {asked:,} latents per round, differentiated for {followed:,}"
     if rounds["rows_per_new_prompt"]:
         yield "  base rewards", f"{rounds['rows_per_new_prompt']:,} more when a prompt is first drawn"
     if rounds["rows_before"]:
@@ -236,8 +241,8 @@ def lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, size in record["memory_bytes"].items():
         if size != 0:
             yield f"memory: {name.replace('_', ' ')}", _size(size)
-    for reward in record["rewards"]:
-        role = "judge" if reward["weight"] is None else f"reward x {reward['weight']:g}"
+    for kind, reward in [*(("reward", one) for one in record["rewards"]), *(("guide", one) for one in record["guide"])]:
+        role = "judge" if reward["weight"] is None else f"{kind} x {reward['weight']:g}"
         missing = [source for source, here in reward["weights"].items() if not here]
         needs = f"not here: {', '.join(missing)} (alignkit fetch)" if missing else ""
         yield f"{role}: {reward['name']}", "; ".join(filter(None, (reward["cost"], needs, reward["cannot_load"])))

@@ -26,10 +26,12 @@ from alignkit.training.matching import Levels
 from alignkit.training.recipe import Recipe
 from alignkit.training.reward_model import RewardModel
 from alignkit.training.shaped import Shaped
+from alignkit.training.steered import Steered
 
 AnyRecipe = Recipe | RewardModel | Comparison
 TRAINERS = {
     "GRPO": "grpo",
+    "Euphonium": "euphonium",
     "DPO": "dpo",
     "KTO": "kto",
     "DGPO": "dgpo",
@@ -41,6 +43,7 @@ TRAINERS = {
     "AWM": "awm",
     "CRD": "crd",
     "Regional": "regional",
+    "ValueGradient": "value_gradient",
     "RewardModel": "reward_model",
     "Comparison": "recipe_files",
 }
@@ -201,7 +204,9 @@ def _specs(recipe: AnyRecipe) -> tuple[str, ...]:
     """Whatever in a recipe may name a file."""
     if isinstance(recipe, RewardModel | Comparison):
         return recipe.specs
-    own = (*recipe.rewards, *recipe.judges, recipe.diversity_shaping if isinstance(recipe, Shaped) else None)
+    own = [*recipe.rewards, *recipe.judges]
+    own += [recipe.diversity_shaping] if isinstance(recipe, Shaped) else []
+    own += recipe.guide if isinstance(recipe, Steered) else []
     return tuple(spec for spec in own if isinstance(spec, str))
 
 
@@ -248,6 +253,8 @@ def reload(folder: Path) -> tuple[AnyRecipe, Source | None]:
     fields: dict[str, Any] = {"rewards": rewards, "judges": tuple(_local(s, local) for s in recipe.judges)}
     if isinstance(recipe, Shaped):
         fields["diversity_shaping"] = _local(recipe.diversity_shaping, local)
+    if isinstance(recipe, Steered):
+        fields["guide"] = {_local(spec, local): weight for spec, weight in recipe.guide.items()}
     return dataclasses.replace(recipe, **fields), source
 
 

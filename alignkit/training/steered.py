@@ -1,4 +1,4 @@
-"""Training with a guide: noise-aware rewards whose gradient says, at every noise level, where the velocity should go."""
+"""Training with a guide: noise-aware rewards whose gradient says at every noise level where the velocity should go."""
 
 from __future__ import annotations
 
@@ -91,8 +91,7 @@ def check_guide(guide: Mapping[Any, float], method: str) -> None:
     if not any(guide.values()):
         raise RecipeError(
             f"guide={dict(guide)}: {method} learns from the gradient of a noise-aware reward; give one with a weight, "
-            "for example guide={'noise_aware(weights=\"folder\", dimension=\"legibility\")': 1.0}. `alignkit run "
-            "sign_noisy` trains one"
+            'such as \'noise_aware(weights="folder", dimension="legibility")\'; `alignkit run sign_noisy` trains one'
         )
     for spec in guide:
         reward: Any = load(spec)
@@ -100,6 +99,6 @@ def check_guide(guide: Mapping[Any, float], method: str) -> None:
             continue
         why = "was trained on clean latents only" if isinstance(reward, NoiseAware) else "scores finished media"
         raise RecipeError(
-            f"guide: {reward.name!r} {why}, and {method} asks its guide at every noise level. Give a noise-aware reward "
-            f"(`alignkit run sign_noisy` trains one); {reward.name!r} may stand in the rewards of GRPO or NFT"
+            f"guide: {reward.name!r} {why}, and {method} asks its guide at every noise level. Give a noise-aware "
+            f"reward (`alignkit run sign_noisy` trains one); {reward.name!r} may stand in the rewards of GRPO or NFT"
         )

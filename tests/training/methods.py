@@ -8,10 +8,11 @@ from typing import Any
 from alignkit.flow.transition import Noise
 from alignkit.policy import LoRA
 from alignkit.training.awm import AWM
-from alignkit.training.benchmark_methods import Halves
+from alignkit.training.benchmark_methods import Faint, Halves
 from alignkit.training.crd import CRD
 from alignkit.training.dgpo import DGPO
 from alignkit.training.dpo import DPO
+from alignkit.training.euphonium import Euphonium
 from alignkit.training.follow import Follow
 from alignkit.training.grpo import GRPO
 from alignkit.training.kto import KTO
@@ -19,6 +20,7 @@ from alignkit.training.nft import NFT
 from alignkit.training.recipe import Recipe
 from alignkit.training.regional import Regional
 from alignkit.training.rwr import ADRPO, ORW, RWR, SFT
+from alignkit.training.value_gradient import ValueGradient
 
 CALL = {"height": 32, "width": 32, "guidance_scale": 1.0, "max_sequence_length": 8}
 
@@ -32,6 +34,8 @@ METHODS: dict[str, tuple[type[Recipe], dict[str, Any]]] = {
     "GRPO, velocity": (GRPO, {**GRPO_SMALL, "velocity_beta": 0.1}),
     "GRPO, shared noise": (GRPO, {**GRPO_SMALL, "plan_steps": (1, 2), "shared_noise": True}),
     "GRPO, tree": (GRPO, {**GRPO_SMALL, "plan_steps": (1,), "branch_width": 4}),
+    "Euphonium": (Euphonium, {**GRPO_SMALL, "guide": {Faint(): 1.0}, "process_weight": 0.5, "distil_beta": 0.1}),
+    "Euphonium, KL": (Euphonium, {**GRPO_SMALL, "guide": {Faint(): 1.0}, "kl_beta": 0.1}),
     "DPO": (DPO, {}),
     "KTO": (KTO, {}),
     "DGPO": (DGPO, {}),
@@ -46,6 +50,7 @@ METHODS: dict[str, tuple[type[Recipe], dict[str, Any]]] = {
     "AWM, two updates": (AWM, {"updates": 2, "old": Follow()}),
     "CRD": (CRD, {}),
     "Regional": (Regional, {"rewards": {Halves(): 1.0}}),
+    "ValueGradient": (ValueGradient, {"guide": {Faint(): 1.0}}),
 }
 
 
