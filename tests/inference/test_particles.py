@@ -213,6 +213,13 @@ def test_black_box_rewards_that_do_not_apply_everywhere_work() -> None:
     assert reward.asked
 
 
+def test_the_best_is_chosen_by_reward_and_a_sample_by_weight_and_nan_only_where_nothing_else_is() -> None:
+    total = torch.tensor([1.0, math.nan, 3.0, math.nan, math.nan, math.nan])
+    log_weights = torch.tensor([[0.0, -math.inf, -math.inf], [-math.inf, 0.0, -math.inf]], dtype=torch.float64)
+    assert cloud.chosen("best", total, log_weights, seeds(2)) == [2, 3]
+    assert cloud.chosen("sample", total, log_weights, seeds(2)) == [0, 4]
+
+
 def test_a_prompt_none_of_whose_particles_has_a_reward_is_counted_and_still_drawn() -> None:
     task = task_of(OnlyRight(), 1)
     x0, _, weights = drawn(FK(), task, 6)
