@@ -62,7 +62,7 @@ def _yes(ran: bool) -> str:
 
 
 def bench(args: argparse.Namespace) -> int:
-    from alignkit.training import benchmark, benchmark_methods
+    from alignkit.training import benchmark, benchmark_guidance, benchmark_methods
 
     no_loading_bars()
     record = benchmark.bench()
@@ -70,4 +70,6 @@ def bench(args: argparse.Namespace) -> int:
         return print_json(record)
     print_table("alignkit bench", (), list(benchmark.lines(record)))
     print_table("one update of each method", benchmark_methods.COLUMNS, list(benchmark_methods.rows(record["methods"])))
+    guided = list(benchmark_guidance.rows(record["guidance"]))
+    print_table("a guided image beside an unguided one", benchmark_guidance.COLUMNS, guided)
     return 0

@@ -13,26 +13,25 @@ The pipeline is built from the configuration below with random weights. One roun
 
 from __future__ import annotations
 
-import gc
 import statistics
 import tempfile
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from alignkit.policy import LoRA
 from alignkit.rewards import load
+from alignkit.training.benchmark_guidance import guidance
 from alignkit.training.benchmark_methods import methods, silent
 from alignkit.training.benchmark_pipeline import TEXT_LENGTH, tiny_sd3
 from alignkit.training.grpo import GRPO
+from alignkit.training.live_tensors import peak_bytes
 from alignkit.training.run import Run
 from alignkit.training.run_dir import RunDir
 from alignkit.training.signals import StopFlag
@@ -161,47 +160,6 @@ def overhead(parts: Mapping[str, float]) -> float:
 # memory
 
 
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and their peak."""
-
-    def __init__(self, existing: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-        for tensor in existing:
-            self._count(tensor)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf)
-        return result
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-def peak_bytes(run: Run, work: Callable[[], Any]) -> int:
-    """Peak of live tensor bytes during `work`, the pipeline's weights included."""
-    gc.collect()
-    modules = [m for m in run.policy.pipe.components.values() if isinstance(m, torch.nn.Module)]
-    with LiveTensors(t for m in modules for t in (*m.parameters(), *m.buffers())) as live:
-        work()
-    return live.peak
-
-
 @contextmanager
 def recorded(denoiser: Any, calls: list[tuple[bool, dict[str, Any]]]) -> Iterator[None]:
     """Context: every denoiser call is noted: whether it had a gradient, and its arguments."""
@@ -236,8 +194,8 @@ def memory_ratio(run: Run, step: int) -> dict[str, float]:
         run.round(step)
     # one set of inputs stands for all, so that the bare loop does not pay for a trajectory that it does not keep
     calls = [(gradient, calls[0][1]) for gradient, _ in calls]
-    ours = peak_bytes(run, lambda: run.round(step + 1))
-    bare = peak_bytes(run, lambda: bare_loop(run, calls))
+    ours = peak_bytes(run.policy.pipe, lambda: run.round(step + 1))
+    bare = peak_bytes(run.policy.pipe, lambda: bare_loop(run, calls))
     return {"memory_ratio": ours / bare, "peak_bytes": float(ours), "bare_peak_bytes": float(bare)}
 
 
@@ -245,11 +203,12 @@ def memory_ratio(run: Run, step: int) -> dict[str, float]:
 
 
 def bench(batches: Sequence[int] = (8, 1)) -> dict[str, Any]:
-    """Measure; takes about two minutes on one CPU core.
+    """Measure; takes about three minutes on one CPU core.
 
     Returns:
         a JSON record: `overhead` and `overhead_batch1` (shares of wall time, medians where rounds are several),
-        `memory_ratio`, for each batch the seconds by part, and `methods`: what an update of each method costs.
+        `memory_ratio`, for each batch the seconds by part, `methods`: what an update of each method costs, and
+        `guidance`: what a guided image costs.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -257,7 +216,7 @@ def bench(batches: Sequence[int] = (8, 1)) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="alignkit-bench-") as name:
             folder = Path(name)
             _write_inputs(folder)
-            return _bench(folder, batches) | {"methods": methods(folder)}
+            return _bench(folder, batches) | {"methods": methods(folder), "guidance": guidance(folder)}
     finally:
         torch.set_num_threads(threads)
 

@@ -13,9 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from alignkit.training.benchmark import ROUNDS, Clock, LiveTensors, bench, lines, overhead, watched
+from alignkit.inference.guide import METHODS as guided_methods
+from alignkit.inference.guide import method_of
+from alignkit.policy import Policy
+from alignkit.training.benchmark import ROUNDS, Clock, bench, lines, overhead, watched
+from alignkit.training.benchmark_guidance import COLUMNS, GUIDANCE, Bed, Measured, measured
+from alignkit.training.benchmark_guidance import rows as guided_rows
 from alignkit.training.benchmark_methods import METHODS, VIEWS, observed, recipe_of, rows
 from alignkit.training.benchmark_pipeline import TEXT_LENGTH, tiny_sd3
+from alignkit.training.live_tensors import LiveTensors
 from alignkit.training.recipe_files import TRAINERS
 
 PAUSE = 0.03
@@ -154,7 +160,26 @@ def test_every_method_of_the_benchmark_trains_as_many_views(tmp_path: Path) -> N
         recipe = recipe_of(method, tmp_path)
         recipe.validate()
         assert views_of(recipe) == VIEWS
-    assert {kind.__name__ for kind, _ in METHODS.values()} == TRAINERS.keys() - {"RewardModel"}
+    assert {kind.__name__ for kind, _ in METHODS.values()} == TRAINERS.keys() - {"RewardModel", "Comparison"}
+
+
+def test_every_method_of_guidance_is_measured_as_it_comes() -> None:
+    chosen = {name: method_of(one.method) for name, one in GUIDANCE.items()}
+    assert {method.name for method in chosen.values()} == guided_methods.keys()
+    assert all(chosen[name] == method_of(name) for name in ("best_of_n", "nrg", "dps", "fk", "das"))
+
+
+def test_a_guided_image_is_measured_beside_an_unguided_one(tmp_path: Path) -> None:
+    with Policy(tiny_sd3()) as policy:
+        bed = Bed.of(policy, tmp_path)
+        best = measured("best", Measured("best_of_n", steps=1, budget=3.0), bed, pairs=1)
+        noisy = measured("nrg", Measured("nrg(sigma_singular=1.0)", steps=2, noisy=True), bed, pairs=1)
+    assert best["denoiser_calls"] == 3 and noisy["denoiser_calls"] == 1
+    assert 1.5 < best["ratio"] < 6 and noisy["ratio"] > 1
+    assert 1 < best["memory_ratio_without_weights"] < 1.5 < noisy["memory_ratio_without_weights"]
+    assert 1 < noisy["memory_ratio"] < noisy["memory_ratio_without_weights"]
+    (line,) = guided_rows([noisy])
+    assert len(line) == len(COLUMNS) and line[:2] == ["nrg", "1"]
 
 
 @pytest.mark.slow
@@ -164,6 +189,7 @@ def test_overhead_is_at_most_a_tenth_at_batch_8(monkeypatch: pytest.MonkeyPatch)
     assert record["overhead"] <= 0.10
     assert 0.5 < record["memory_ratio"] < 1.5
     assert dict(lines(record))["overhead, batch 8"].endswith("%")
+    assert [one["method"] for one in record["guidance"]] == list(GUIDANCE)
     found = {one["method"]: one for one in record["methods"]}
     assert found.keys() == METHODS.keys() and len(list(rows(record["methods"]))) == len(METHODS)
     assert found["Flow-DPO"]["rows"] == {"training": 8, "reference": 8}
