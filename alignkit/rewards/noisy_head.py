@@ -168,12 +168,14 @@ class NoisyScorer(nn.Module):
 
     def scores(self, policy: ShowsFeatures, latents: torch.Tensor, sigma: torch.Tensor, cond: Any) -> torch.Tensor:
         """(B, D) of latents (B, ...) at noise levels (B,); gradients flow to the latents. The blocks are the
-        reference's: adapters that the policy trains do not take part.
+        reference's: adapters that the policy trains do not take part. A head that was trained on clean latents takes
+        all for clean.
 
         Raises:
             RewardError: the tokens have another width than those it was trained on.
         """
         on(self, latents.device)
+        sigma = torch.zeros_like(sigma) if self.config.noise is None else sigma
         with policy.reference():
             t = policy.timestep_of(sigma)
             tokens = policy.features(latents, t, cond, self.config.depth, self.blocks)
