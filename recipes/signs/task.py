@@ -14,6 +14,8 @@ SHARED = (
     *("num_steps", "eval_steps", "prompts_per_step", "group_size", "updates", "eval_every", "sample_prompts"),
 )
 """Fields of the quickstart that do not depend on the method."""
+GUIDE = {"legibility": 1.0, "colour": 0.5}
+"""What methods that learn from the head on noised latents ask it for, weighted as OCR and colour are."""
 
 
 def quickstart() -> GRPO:
