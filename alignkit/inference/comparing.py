@@ -134,6 +134,11 @@ def _cost(one: Contender, num_steps: int) -> list[str]:
     return [one.name, denoiser, *(str(number) for number in counted), str(one.method.rows(one.budget))]
 
 
+def calls_in_all(compared: Sequence[Contender], num_steps: int, samples: int) -> int:
+    """Denoiser calls of `compare` for so many samples of each: theirs, and one plain sample before."""
+    return num_steps + samples * sum(one.method.calls(num_steps, one.budget).denoiser for one in compared)
+
+
 def memory_notes(one: Contender, num_steps: int, batch: int) -> list[str]:
     """Sentences about what a contender keeps in memory."""
     calls, rows = one.method.calls(num_steps, one.budget), one.method.rows(one.budget)
@@ -146,9 +151,12 @@ def memory_notes(one: Contender, num_steps: int, batch: int) -> list[str]:
     }
     through = [part for part, count in parts.items() if count]
     if through:
-        size = dataclasses.asdict(one.method).get("gradient_batch")
-        held = "" if size is None else f", {size} at a time"
-        notes.append(f"{one.name}: gradients pass through {' and '.join(through)}{held}; their activations are kept")
+        options = dataclasses.asdict(one.method)
+        size = options.get("gradient_batch")
+        kept = "all of these samples" if size is None else f"{size} samples at a time"
+        advice = "; gradient_batch=1 keeps those of one" if "gradient_batch" in options and size is None else ""
+        names = " and ".join(through)
+        notes.append(f"{one.name}: gradients pass through {names}, whose activations are kept of {kept}{advice}")
     return notes
 
 
@@ -177,11 +185,13 @@ def compare(
     seeds = [seed + i for _ in prompts for i in range(num)]
     with Policy(pipe) as policy:
         judges.bind(policy)
-        judges.weighted.check_prompts(texts)
+        judges.check_prompts(texts)
         cond = policy.condition(texts, num_steps=steps, seed=seeds, **call)
         tasks = [Task(policy, judges, len(cond.timesteps), one.budget, batch) for one in compared]
         for one, task in zip(compared, tasks, strict=True):
             one.method.check(task)
+        # One sample before the clocks: what loads at its first call would count against the first row.
+        run(BestOfN(), Task(policy, judges, len(cond.timesteps), 1.0, batch), cond[[0]], [torch.Generator()])
         rows: list[Row] = []
         for one, task in zip(compared, tasks, strict=True):
             generators = [torch.Generator().manual_seed(s) for s in seeds]

@@ -64,8 +64,8 @@ class Comparison:
         model: folder or hub id of the pipeline.
         prompts: file of the prompts.
         arms: the contenders by name; differences are to the first.
-        rewards: {spec: weight} that steer where an arm has none of its own.
-        judges: specs that score every sample and steer none.
+        rewards: {spec: weight} that steer where an arm has none of its own; they score every sample.
+        judges: specs that score every sample; where an arm has one among its rewards, it steers that arm.
         exact: rewards or judges whose share of full marks (a score of 1) is measured too, as `NAME_exact`.
         shown: measures in the picture; empty: all.
         frontier: two measures that are drawn against each other; None: nothing is.
@@ -200,7 +200,7 @@ def sampled(
         num_steps=steps,
         seed=seed,
         batch=recipe.batch,
-        judges=[spec for spec in recipe.specs if spec not in steers],
+        judges=[spec for spec in dict.fromkeys((*recipe.rewards, *recipe.judges)) if spec not in steers],
         **{**recipe.call, **arm.call},
     )
     count = len(prompts)

@@ -47,7 +47,7 @@ class Guided:
         parts: raw rewards by name, each (B,); judges too.
         latents: (B, ...) clean latents as the pipeline's scheduler sees them.
         trace: what happened: method and its options, `budget`, `spent` (see `Spent`), `budget_used` (denoiser calls
-            over those of one plain sample per prompt), `seconds`, and what the method noted.
+            over those of one plain sample per prompt), `seconds` (without those of judges), and what the method noted.
     """
 
     media: torch.Tensor
@@ -109,7 +109,7 @@ def guide(
     with ExitStack() as stack:
         policy = pipe if isinstance(pipe, Policy) else stack.enter_context(Policy(pipe))
         own.bind(policy)
-        own.weighted.check_prompts(texts)
+        own.check_prompts(texts)
         cond = policy.condition(texts, num_steps=steps_of(num_steps, call), seed=seed, **call)
         task = Task(policy, own, len(cond.timesteps), chosen.default_budget if budget is None else budget, batch)
         chosen.check(task)
@@ -123,14 +123,15 @@ def run(method: Method, task: Task, cond: Any, rng: list[torch.Generator]) -> Gu
     began = time.monotonic()
     at_once = max(1, task.batch // method.rows(task.budget))
     pieces = [method.draw(task, cond[rows], [rng[i] for i in rows]) for rows in pieces_of(len(cond), at_once)]
-    found = Found.joined(pieces)
+    seconds = time.monotonic() - began
+    found = task.judged(Found.joined(pieces), cond)
     trace = {
         "method": method.name,
         "options": dataclasses.asdict(method),
         "budget": task.budget,
         "spent": asdict(task.spent),
         "budget_used": task.spent.denoiser / (task.num_steps * len(cond)),
-        "seconds": time.monotonic() - began,
+        "seconds": seconds,
         **task.trace,
     }
     return Guided(found.media, found.scores.total, found.scores.parts, found.x0, trace)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,17 +23,23 @@ class Judges:
         extra: specs or callables that are scored with weight 0.
 
     Attributes:
-        weighted: all of them.
+        weighted: those that steer; where every weight is 0, all of `rewards`.
+        reported: the others, which are asked about chosen samples only; None: there are none.
     """
 
     def __init__(self, rewards: Mapping[Any, float] | Spec, extra: Iterable[Spec] = ()) -> None:
         own = list(rewards.items()) if isinstance(rewards, Mapping) else [(rewards, 1.0)]
-        self.weighted = Weighted([*own, *((one, 0.0) for one in extra)])
+        every = Weighted([*own, *((one, 0.0) for one in extra)])  # refuses what it cannot load, and a name used twice
+        known = [(reward, every.weights[name]) for name, reward in every.rewards.items()]
+        steering = [one for one in known if one[1] != 0] or known[: len(own)]
+        chosen = {id(reward) for reward, _ in steering}
+        rest = [one for one in known if id(one[0]) not in chosen]
+        self.weighted, self.reported = Weighted(steering), Weighted(rest) if rest else None
 
     @property
     def weights(self) -> dict[str, float]:
-        """By reward name."""
-        return self.weighted.weights
+        """By reward name; 0 for those that are only reported."""
+        return {name: weight for some in self._both for name, weight in some.weights.items()}
 
     @property
     def steering(self) -> dict[str, Any]:
@@ -65,17 +71,34 @@ class Judges:
 
     def bind(self, policy: Any) -> None:
         """Hand the policy to rewards that are part of the generator or read its features, and read all weights."""
-        self.weighted.bind(policy)
-        self.weighted.prepare()
+        for some in self._both:
+            some.bind(policy)
+            some.prepare()
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises RewardError before anything is sampled if a prompt lacks what a reward needs of it."""
+        for some in self._both:
+            some.check_prompts(prompts)
+
+    @property
+    def _both(self) -> list[Weighted]:
+        return [some for some in (self.weighted, self.reported) if some is not None]
 
     def scores(self, media: torch.Tensor, latents: torch.Tensor, cond: Any) -> Scores:
-        """Scores of B samples; noise-aware rewards score the latents as clean.
+        """Scores of B samples by what steers; noise-aware rewards score the latents as clean.
 
         Args:
             media: (B, 3, H, W) or (B, T, 3, H, W) in [0, 1], what `latents` (B, ...) decode to.
             cond: their `Conditioning`.
         """
         return self.weighted(media, cond.prompts, latents, cond)
+
+    def with_reported(self, scores: Scores, media: torch.Tensor, latents: torch.Tensor, cond: Any) -> Scores:
+        """The scores of B samples, with those of the rewards that are only reported."""
+        if self.reported is None:
+            return scores
+        more = self.reported(media, cond.prompts, latents, cond)
+        return Scores(scores.total, {**scores.parts, **more.parts}, {**scores.failed, **more.failed})
 
     def at_level(self, latents: torch.Tensor, sigma: torch.Tensor | float, cond: Any) -> torch.Tensor:
         """(B,) weighted sum of the noise-aware rewards at noise level `sigma`, a number or (B,); gradients flow."""

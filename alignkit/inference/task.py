@@ -145,7 +145,7 @@ class Task:
 
     @torch.no_grad()
     def score(self, x0: torch.Tensor, cond: Any) -> Found:
-        """Decode and score clean latents x0 (B, ...), at most `batch` at once."""
+        """Decode clean latents x0 (B, ...) and ask what steers about them, at most `batch` at once."""
         pieces = []
         for rows in pieces_of(len(x0), self.batch):
             latents, own = x0[rows], cond[rows]
@@ -153,6 +153,16 @@ class Task:
             self.spent.decodes += len(latents)
             self.spent.rewards += len(latents)
             pieces.append(Found(latents, media, self.judges.scores(media, latents, own)))
+        return Found.joined(pieces)
+
+    @torch.no_grad()
+    def judged(self, found: Found, cond: Any) -> Found:
+        """Chosen samples, also with the scores of rewards that are only reported."""
+        pieces = []
+        for rows in pieces_of(len(found), self.batch):
+            one = found[rows]
+            scores = self.judges.with_reported(one.scores, one.media, one.x0, cond[rows])
+            pieces.append(replace(one, scores=scores))
         return Found.joined(pieces)
 
     def reward_of_clean(self, x0: torch.Tensor, cond: Any) -> torch.Tensor:
