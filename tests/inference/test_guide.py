@@ -72,6 +72,20 @@ def test_judges_are_reported_and_choose_nothing() -> None:
     torch.testing.assert_close(judged.parts["brightness"], -judged.parts["darkness"], atol=0.1, rtol=0)
 
 
+def test_judges_see_chosen_samples_only() -> None:
+    seen: list[int] = []
+
+    def judge(media: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        seen.append(len(media))
+        return media.mean(dim=(1, 2, 3))
+
+    for method in ("best_of_n", "fk"):
+        out = alignkit.guide(shared("sd3"), PROMPTS, "brightness", method, 4, rng(), judges=[judge], **CALL)
+        assert seen == [2] and out.trace["spent"]["rewards"] >= 8
+        torch.testing.assert_close(out.parts["judge"], out.media.mean(dim=(1, 2, 3)))
+        seen.clear()
+
+
 def test_a_noise_aware_function_scores_the_clean_latents() -> None:
     out = alignkit.guide(shared("sd3"), PROMPTS, {small: 1.0}, rng=rng(), **CALL)
     torch.testing.assert_close(out.rewards, small(out.latents, torch.zeros(2), None))
