@@ -110,7 +110,7 @@ class NRG(GradientGuidance):
             dps = "'dps', which follows gradients through the predicted clean sample, or "
             raise RecipeError(
                 f"method 'nrg' asks its rewards about noised latents at every step, and {', '.join(blind)} knows only "
-                "finished samples: a reward that has not seen noise guides worse than none. Use method="
+                "finished samples: what it says of noise misleads. Use method="
                 f"{dps if task.judges.differentiable else ''}'fk' or 'best_of_n', which take any reward; or train a "
                 "noise-aware reward (alignkit run sign_noisy shows how)"
             )

@@ -172,8 +172,8 @@ def test_dps_through_x0_takes_the_slope_of_data_of_unit_variance(path: Path) -> 
     x0 = x0_from_velocity(path, step.velocity, step.latents, sigma).requires_grad_()
     (g,) = torch.autograd.grad(swirl(x0).sum(), x0)
     alpha = float(path.alpha(sigma))
-    for jacobian, slope in (("gaussian", alpha / (alpha**2 + sigma**2)), ("identity", 1.0)):
-        guided = DPS(jacobian=jacobian).steered(task, points(), step, 1.0)
+    for method, slope in ((DPS(), alpha / (alpha**2 + sigma**2)), (DPS(jacobian="identity"), 1.0)):
+        guided = method.steered(task, points(), step, 1.0)
         moved = x0_from_velocity(path, guided.velocity, step.latents, sigma)
         assert_close(moved, x0.detach() + sigma**2 / alpha * slope * g, rtol=1e-5, atol=1e-6)
 
@@ -182,7 +182,7 @@ def test_averaging_is_the_logarithm_of_the_mean_exponential_over_draws() -> None
     rng = torch.Generator().manual_seed(0)
     x0, *offsets = (torch.randn(3, 2, generator=rng, dtype=torch.float64) for _ in range(4))
     x = x0.clone().requires_grad_()
-    literal = sum((2.5 * swirl(x + offset)).exp() for offset in offsets) / 3
+    literal = torch.stack([(2.5 * swirl(x + offset)).exp() for offset in offsets]).mean(0)
     (g,) = torch.autograd.grad(literal.log().sum() / 2.5, x)
     value, gradient = smoothed_gradient(lambda x, cond: swirl(x), x0, points(), offsets, 2.5, batch=2)
     assert_close(gradient, g)
