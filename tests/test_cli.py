@@ -412,7 +412,7 @@ def test_guided_samples_are_drawn_beside_unguided_ones_from_the_same_noise(
 def test_the_plan_of_guided_samples_loads_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(capsys, "sample", "nowhere", "a cat", "--num", "3", "--steps", "10", *GUIDED, "--plan")
     assert "best_of_n\t30 (3 x 10)\t0\t0\t0\t3\t0\t1" in shown
-    assert "3 samples with each of 2: 120 denoiser calls in all" in shown
+    assert "3 samples with each of 2, one before to warm up: 130 denoiser calls in all" in shown
     assert not list(here.iterdir())
 
 

@@ -100,8 +100,8 @@ def _print_plan(args: argparse.Namespace, compared: Sequence[Contender]) -> None
     for note in comparing.memory_notes(compared[-1], args.steps, args.batch):
         print(note)
     samples = args.num * len(args.prompts)
-    calls = sum(one.method.calls(args.steps, one.budget).denoiser for one in compared) * samples
-    print(f"{samples} samples with each of {len(compared)}: {calls} denoiser calls in all")
+    calls = comparing.calls_in_all(compared, args.steps, samples)
+    print(f"{samples} samples with each of {len(compared)}, one before to warm up: {calls} denoiser calls in all")
 
 
 def score(args: argparse.Namespace) -> int:

@@ -108,7 +108,8 @@ def test_the_cost_is_known_beforehand_with_what_is_held_in_memory() -> None:
     assert third == ["twice", "40 (4 x 10)", "20", "0", "0", "2", "2", "2"]
     notes = memory_notes(Contender("twice", TwiceAsDear(), 4.0), 10, batch=7)
     assert "up to 6 samples are denoised at once" in notes[0]
-    assert "through the denoiser and the decoder, 3 at a time" in notes[1]
+    assert "through the denoiser and the decoder, whose activations are kept of 3 samples at a time" in notes[1]
+    assert "of all of these samples; gradient_batch=1" in memory_notes(contenders("dps", 1.0, 10)[1], 10, batch=7)[1]
     assert len(memory_notes(contenders("best_of_n", 4.0, 10)[1], 10, batch=8)) == 1
 
 
@@ -208,7 +209,7 @@ def test_each_pictures_own_pixels_stand_in_its_row_and_column() -> None:
 
 def test_long_words_stay_in_their_column_and_a_video_is_a_strip() -> None:
     samples = [Sample("a prompt that does not fit at all " * 9, 0, torch.zeros(9, 3, 16, 24))]
-    left, right = Column("x" * 900, samples, [["score"]]), Column("", samples, [["score"]])
+    left, right = Column("x" * 200, samples, [["score"]]), Column("", samples, [["score"]])
     sheet = side_by_side([left, right])
     assert sheet.width == 2 * (max(NARROWEST, 24 * 4) + 2 * MARGIN)
     middle = sheet.crop((sheet.width // 2 - MARGIN + 1, 0, sheet.width // 2 + MARGIN - 1, sheet.height))
