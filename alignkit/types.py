@@ -59,7 +59,7 @@ class StepRecord:
         mean: (B, ...) float32, the transition's mean under the policy that sampled it.
         log_prob: (B,) of `next_latents` under that policy.
         mask: (B, ...) bool, False where the pipeline overwrites the latents after the step; None: nowhere.
-        shift: (B, ...) float32, what a steering function added to the velocity; None: nothing.
+        shift: (B, ...) float32, what a steering function added to the velocity; None: nothing, or it exchanged rows.
     """
 
     index: int

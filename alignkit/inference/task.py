@@ -134,7 +134,7 @@ class Task:
         steps = range(plan.start, plan.num_steps if stop is None else stop)
         self.spent.denoiser += len(cond) * sum((repeats or {}).get(k, 1) for k in steps)
         options: dict[str, Any] = {"latents": latents, "stop": stop, "steer": steer, "repeats": repeats}
-        return self.policy.rollout(cond, plan, rng, poll=self.poll, **options)
+        return self.policy.rollout(cond, plan, rng, poll=self.poll, record=False, **options)
 
     def velocity(self, x: torch.Tensor, t: torch.Tensor | float, cond: Any) -> torch.Tensor:
         """`Policy.velocity`; gradients flow."""

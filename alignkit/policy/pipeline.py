@@ -264,6 +264,7 @@ class Policy:
         poll: Poll | None = None,
         steer: Steer | None = None,
         repeats: Mapping[int, int] | None = None,
+        record: bool = True,
     ) -> Rollouts:
         """Run the pipeline once with our solver from step `plan.start` on; record the plan's stochastic steps.
 
@@ -282,13 +283,22 @@ class Policy:
                 this policy itself. See `alignkit.types.Step`.
             repeats: step -> how often it runs; in between its result is taken back to its noise level with fresh
                 noise (time travel, FreeDoM 2303.09833). None: every step once.
+            record: keep the stochastic steps; only training needs them.
+
+        Raises:
+            RecipeError: a plan for another grid, or repeats of a pipeline that writes known parts over its latents.
         """
         steps = with_repeats(steps_of(plan, cond, latents, stop), repeats or {})
+        if cond.layout.blends and len(set(steps)) < len(steps):
+            raise RecipeError(
+                f"repeats={dict(repeats or {})}: {type(self.pipe).__name__} writes known parts over its latents at the "
+                "noise level of the next step, so a step of it cannot run again; leave the repeats out"
+            )
         generators = _per_sample(rng, len(cond))
         with self._lock:
             mask = self.driver.free_mask(cond) if plan.stochastic else None
             start = self.initial_latents(cond, generators) if latents is None else latents.float()
-            return Rolling(self.driver, cond, plan, generators, reduce, poll, start, mask, steer).run(steps)
+            return Rolling(self.driver, cond, plan, generators, reduce, poll, start, mask, steer, record).run(steps)
 
     def decode(self, x0: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """Media float32 in [0, 1]: (B, 3, H, W) or (B, T, 3, H, W), by the pipeline's own un-packing, decoder and

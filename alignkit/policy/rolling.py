@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -77,6 +77,22 @@ def with_repeats(steps: range, repeats: Mapping[int, int]) -> list[int]:
     return [k for k in steps for _ in range(repeats.get(k, 1))]
 
 
+def steered(step: Step, steer: Steer | None) -> tuple[Step, torch.Tensor | None]:
+    """The step that a run takes instead, and what was added to its velocity (B, ...); None where nothing was, or where
+    rows were exchanged.
+
+    The velocity is then the old one plus this number, and not what steering returned, which rounding makes differ: only
+    so has the step, scored again, the very mean it was sampled with.
+    """
+    if steer is None:
+        return step, None
+    found = steer(step)
+    if found is step or found.latents is not step.latents:
+        return found, None
+    shift = found.velocity - step.velocity
+    return replace(found, velocity=step.velocity + shift), shift
+
+
 @dataclass
 class Rolling:
     """One run: its solver, and what it has recorded. `latents` are the current ones in full precision."""
@@ -90,6 +106,7 @@ class Rolling:
     latents: torch.Tensor
     mask: torch.Tensor | None
     steer: Steer | None = None
+    recording: bool = True
     records: list[StepRecord] = field(default_factory=list)
     left: list[int] = field(default_factory=list)
 
@@ -116,11 +133,11 @@ class Rolling:
         if torch.equal(self.latents.to(sample), sample):
             x = self.latents  # full precision, where the pipeline passed our latents on unchanged
         v = velocity_at(self.driver, prediction_of(self.driver, output), x, self.cond.sigmas[index])
-        step = self.steered(self.seen(index, x, v))
+        step, shift = steered(self.seen(index, x, v), self.steer)
         transition = step.transition(step.latents, step.velocity)
         self.latents = transition.sample(self.generators) if step.stochastic else transition.mean
-        if step.stochastic:
-            self.record(step, transition, None if self.steer is None else step.velocity - v)
+        if step.stochastic and self.recording:
+            self.record(step, transition, shift)
         x0 = x0_from_velocity(self.driver.grid.path, step.velocity, step.latents, step.sigma)
         self.left.pop(0)
         if self.left and self.left[0] == index:
@@ -138,10 +155,6 @@ class Rolling:
         levels = float(sigmas[index]), float(sigmas[index + 1])
         stochastic = index in self.plan.stochastic
         return Step(index, float(self.cond.timesteps[index]), *levels, x, v, stochastic, transition)
-
-    def steered(self, step: Step) -> Step:
-        """What the run goes on from."""
-        return step if self.steer is None else self.steer(step)
 
     def record(self, step: Step, transition: Transition, shift: torch.Tensor | None) -> None:
         """Keep what training needs to score this step again."""

@@ -38,7 +38,7 @@ from alignkit.inference.steering import noisy_reward_steering
 from alignkit.objectives.advantages import group_advantages
 from alignkit.training.grpo import GRPO
 from alignkit.training.steered import Steered
-from alignkit.types import Rollouts, Steer, Step, StepRecord
+from alignkit.types import Rollouts, StepRecord
 
 if TYPE_CHECKING:
     from alignkit.policy import Conditioning, Policy
@@ -97,10 +97,7 @@ class Euphonium(Steered, GRPO):
         steer = noisy_reward_steering(
             self.guide_reward, cond, policy.path, plan.num_steps, self.strength(), self.micro_batch
         )
-        added: dict[int, torch.Tensor] = {}
-        rolled = policy.rollout(cond, plan, rng, reduce=self.reduce, poll=poll, steer=kept(steer, added))
-        steps = tuple(replace(record, shift=added.get(record.index)) for record in rolled.steps)
-        return replace(rolled, steps=steps)
+        return policy.rollout(cond, plan, rng, reduce=self.reduce, poll=poll, steer=steer)
 
     def completed(self, experience: Experience, rewards: Weighted) -> Experience:
         experience = super().completed(experience, rewards)
@@ -131,23 +128,6 @@ class Euphonium(Steered, GRPO):
         apart = now.velocity - record.shift - sampled_velocity(self, policy, batch.cond, record)
         gap = reduce_positions(apart**2, record.mask, "mean")
         return loss + self.distil_beta * gap, logs | {"guide_gap": gap.detach()}
-
-
-def kept(steer: Steer, added: dict[int, torch.Tensor]) -> Steer:
-    """`steer`, and `added` gets what it adds to the velocity of each step.
-
-    That is the number that is added, and not the rounded difference of two velocities: only so is `v + added` the
-    velocity of the rollout bit for bit when the step is scored again.
-    """
-
-    def steered(step: Step) -> Step:
-        found = steer(step)
-        if found is step:
-            return step
-        added[step.index] = found.velocity - step.velocity
-        return replace(found, velocity=step.velocity + added[step.index])
-
-    return steered
 
 
 def sampled_velocity(recipe: GRPO, policy: Policy, cond: Conditioning, record: StepRecord) -> torch.Tensor:

@@ -21,7 +21,7 @@ from alignkit.errors import PolicyError, RecipeError
 from alignkit.flow.path import RectifiedFlow
 from alignkit.flow.plan import Plan
 from alignkit.flow.transition import Noise, Reduce, Rng, Transition, draw_noise, per_sample_generators, renoised
-from alignkit.policy.rolling import with_repeats
+from alignkit.policy.rolling import steered, with_repeats
 from alignkit.types import Prompt, Rollouts, Steer, Step, StepRecord
 from recipes.mixture.world import FOUR, Mixture
 
@@ -222,13 +222,14 @@ class MixturePolicy:
         poll: Callable[[], None] | None = None,
         steer: Steer | None = None,
         repeats: Mapping[int, int] | None = None,
+        record: bool = True,
     ) -> Rollouts:
         """Sample once per prompt and record the plan's stochastic steps, as `Policy.rollout` does.
 
         Args:
             latents: (B, D) what step `plan.start` begins with; None: noise.
             stop: the first step that does not run; None: all run.
-            steer, repeats: see `Policy.rollout`.
+            steer, repeats, record: see `Policy.rollout`.
         """
         generators = _per_sample(rng, len(cond))
         x = self.initial_latents(cond, generators) if latents is None else latents
@@ -239,14 +240,12 @@ class MixturePolicy:
             if poll is not None:
                 poll()
             v = self.velocity(x, cond.timesteps[index], cond)
-            step = self._step(cond, plan, index, x, v)
-            step = step if steer is None else steer(step)
+            step, shift = steered(self._step(cond, plan, index, x, v), steer)
             transition = step.transition(step.latents, step.velocity)
             x = transition.sample(generators) if step.stochastic else transition.mean
-            if step.stochastic:
+            if step.stochastic and record:
                 levels = (step.index, step.timestep, step.sigma, step.sigma_next)
                 scored = (transition.mean, transition.log_prob(x, reduce=reduce), None)
-                shift = None if steer is None else step.velocity - v
                 records.append(StepRecord(*levels, step.latents, x, *scored, shift))
             if left and left[0] == index:
                 x = renoised(self.path, x, step.sigma_next, step.sigma, draw_noise(x, generators))

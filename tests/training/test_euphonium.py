@@ -13,8 +13,9 @@ from torch.testing import assert_close
 from alignkit.errors import RecipeError
 from alignkit.flow.path import RectifiedFlow
 from alignkit.flow.transition import Noise
+from alignkit.policy.rolling import steered
 from alignkit.training.benchmark_methods import Faint
-from alignkit.training.euphonium import Euphonium, kept, process_rewards, sampled_velocity
+from alignkit.training.euphonium import Euphonium, process_rewards, sampled_velocity
 from alignkit.training.experience import Experience, join_rollouts
 from alignkit.training.grpo import GRPO
 from alignkit.training.recipe_files import reload, save
@@ -123,10 +124,11 @@ def test_what_is_added_is_kept_bit_for_bit() -> None:
     rng = torch.Generator().manual_seed(0)
     v, change = torch.randn(1000, generator=rng), 1e3 * torch.randn(1000, generator=rng)
     step = Step(3, 0.5, 0.5, 0.4, v, v, True, lambda x, v: None)  # type: ignore[arg-type,return-value]
-    added: dict[int, torch.Tensor] = {}
-    found = kept(lambda s: dataclasses.replace(s, velocity=s.velocity + change), added)(step)
-    assert torch.equal(v + added[3], found.velocity)
-    assert kept(lambda s: s, added)(step) is step and list(added) == [3]
+    found, added = steered(step, lambda s: dataclasses.replace(s, velocity=s.velocity + change))
+    assert added is not None and torch.equal(v + added, found.velocity)
+    assert steered(step, lambda s: s) == (step, None) and steered(step, None) == (step, None)
+    exchanged, added = steered(step, lambda s: dataclasses.replace(s, latents=s.latents.flip(0), velocity=change))
+    assert added is None and torch.equal(exchanged.velocity, change)
 
 
 def test_rollouts_in_batches_are_those_of_all_at_once(tiny_recipe: GRPO, tmp_path: Path) -> None:
