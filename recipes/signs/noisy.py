@@ -63,7 +63,7 @@ def generator() -> Policy:
 
 
 class Signs(nn.Module):
-    """The head in training; prompts are those of one `Contests`, conditioned once."""
+    """The head in training."""
 
     def __init__(self, noise: tuple[float, float] | None, depth: int) -> None:
         super().__init__()
@@ -89,17 +89,11 @@ def scorer(noise: tuple[float, float] | None = (0.0, 0.95), depth: int = 2) -> S
 
 
 def conditions(prompts: Sequence[Prompt]) -> Any:
-    """The conditioning of signs, whose prompts are those of `Contests` or of a few."""
-    pool = prompts[0].columns.get("pool")
-    if pool is None:
+    """The conditioning of signs. Those of `drawn` carry it, encoded once for all."""
+    every = prompts[0].columns.get("cond")
+    if every is None:
         return generator().condition(list(prompts), num_steps=2, **CALL)
-    return pools()[pool][[prompt.id for prompt in prompts]]
-
-
-@cache
-def pools() -> dict[str, Any]:
-    """Conditionings of many prompts, by the name of the pool."""
-    return {}
+    return every[[prompt.id for prompt in prompts]]
 
 
 def five(word: str, colour: str, rng: np.random.Generator) -> list[np.ndarray]:
@@ -142,7 +136,7 @@ class Contests:
         self.shuffled, self.noised = shuffled, noised
         rng, names = np.random.default_rng([7, 0]), list(world.COLOURS)
         asked = [(preference.training_word(rng), names[rng.integers(len(names))]) for _ in range(prompts)]
-        self.prompts, self.latents = drawn("training", asked, rng)
+        self.prompts, self.latents = drawn(asked, rng)
         self.held_out = held_out_signs(held_out_words)
 
     def batch(self, size: int, rng: torch.Generator) -> PairBatch:
@@ -175,13 +169,14 @@ def held_out_signs(count: int) -> Drawn:
     words, names = world.split_words()[1], list(world.COLOURS)
     words = words[:: max(1, len(words) // count)][:count]
     asked = [(word, names[i % len(names)]) for i, word in enumerate(words)]
-    return drawn("held out", asked, np.random.default_rng([7, 1]))
+    return drawn(asked, np.random.default_rng([7, 1]))
 
 
-def drawn(pool: str, asked: Sequence[tuple[str, str]], rng: np.random.Generator) -> Drawn:
-    """Prompts of (word, colour), which `conditions` then knows, and (N, 5, ...) the latents of their pictures."""
-    prompts = [Prompt(world.prompt_for(*one), i, {"pool": pool}) for i, one in enumerate(asked)]
-    pools()[pool] = generator().condition(prompts, num_steps=2, **CALL)
+def drawn(asked: Sequence[tuple[str, str]], rng: np.random.Generator) -> Drawn:
+    """Signs of (word, colour); the prompts have their number as id and the conditioning of all as column."""
+    plain = [Prompt(world.prompt_for(*one), i) for i, one in enumerate(asked)]
+    cond = generator().condition(plain, num_steps=2, **CALL)
+    prompts = [Prompt(one, one.id, {"cond": cond}) for one in plain]
     pictures = np.stack([np.stack(five(*one, rng)) for one in asked])
     return prompts, latents_of(pictures, prompts)
 
