@@ -103,6 +103,9 @@ class Comparison:
             )
         if len(set(self.seeds)) != len(self.seeds):
             raise RecipeError(f"seeds={self.seeds} holds one twice; give each once")
+        files = [slug(name) for name in self.arms]
+        if len(set(files)) < len(files) or not all(files):
+            raise RecipeError(f"arms {list(self.arms)} are kept as {files}, which must differ; name them with letters")
         for name, arm in self.arms.items():
             method_of(arm.method)
             if arm.budget < 1:
@@ -155,6 +158,8 @@ def compare(recipe: Comparison, folder: Path, say: Any = None) -> Path:
     say = Console(highlight=False, markup=False, soft_wrap=True).print if say is None else say
     began = time.monotonic()
     prompts = load_prompts(resolved(recipe.prompts))[: recipe.limit]
+    if len(prompts) < 2:
+        raise RecipeError(f"{len(prompts)} prompts of {recipe.prompts}; intervals over prompts need at least 2")
     drawn = {name: draw(recipe, name, prompts, folder / "arms", say) for name in recipe.arms}
     record = summary(recipe, drawn, prompts)
     record["wall_seconds"] = time.monotonic() - began
@@ -233,7 +238,7 @@ def summary(recipe: Comparison, drawn: Mapping[str, Drawn], prompts: list[Prompt
     for number, (name, one) in enumerate(drawn.items()):
         own = per_prompt(recipe, one)
         measures = {measure: float(values.nanmean()) for measure, values in own.items()}
-        against = {m: asdict(paired(values, base[m])) for m, values in own.items() if m in base} if number else {}
+        against = differences(own, base) if number else {}
         arms[name] = {
             "measures": measures,
             "against_first": against,
@@ -246,10 +251,18 @@ def summary(recipe: Comparison, drawn: Mapping[str, Drawn], prompts: list[Prompt
     return {"recipe": "Comparison", "prompts": len(prompts), "seeds": list(recipe.seeds), "arms": arms}
 
 
+def differences(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """The interval of every measure that both have for at least two prompts."""
+    both = [m for m in ours if m in theirs and int((ours[m] - theirs[m]).isfinite().sum()) > 1]
+    return {m: asdict(paired(ours[m], theirs[m])) for m in both}
+
+
 def per_prompt(recipe: Comparison, one: Drawn) -> dict[str, torch.Tensor]:
     """(P,) of every measure, averaged over seeds."""
     found = {name: value.double().nanmean(dim=0) for name, value in one.parts.items()}
-    return found | {f"{name}_exact": (one.parts[name] >= 1).double().mean(dim=0) for name in recipe.exact}
+    full = {name: one.parts[name].double() for name in recipe.exact}
+    marks = {name: torch.where(scores.isnan(), scores, (scores >= 1).double()) for name, scores in full.items()}
+    return found | {f"{name}_exact": value.nanmean(dim=0) for name, value in marks.items()}
 
 
 def diversity(one: Drawn) -> float | None:

@@ -53,16 +53,16 @@ def picture(record: Mapping[str, Any], shown: Sequence[str], frontier: tuple[str
 
 
 def _differences(axes: Axes, arms: Mapping[str, Any], measure: str, names: bool) -> None:
-    first = next(iter(arms))
-    base = arms[first]["measures"][measure]
+    base = next(iter(arms.values()))["measures"][measure]
     axes.axvline(base, color="gray", linewidth=1)
-    for place, (name, arm) in enumerate(arms.items()):
+    for place, arm in enumerate(arms.values()):
         value = arm["measures"][measure]
-        if name == first:
+        if measure not in arm["against_first"]:
             axes.plot(value, place, "o", color="gray")
             continue
         interval = arm["against_first"][measure]
-        ends = [[value - base - interval["low"]], [interval["high"] - (value - base)]]
+        value = base + interval["mean"]
+        ends = [[max(0.0, interval["mean"] - interval["low"])], [max(0.0, interval["high"] - interval["mean"])]]
         sure = interval["low"] > 0 or interval["high"] < 0
         colour = ("C2" if value > base else "C3") if sure else "C7"
         axes.errorbar(value, place, xerr=ends, fmt="o", color=colour, capsize=3)

@@ -42,7 +42,7 @@ class Guided:
     """What `guide` returns, one sample per prompt.
 
     Attributes:
-        media: (B, 3, H, W) or (B, T, 3, H, W) float in [0, 1].
+        media: (B, 3, H, W) or (B, T, 3, H, W) float in [0, 1], like all tensors here on the CPU.
         rewards: (B,) weighted sum.
         parts: raw rewards by name, each (B,); judges too.
         latents: (B, ...) clean latents as the pipeline's scheduler sees them.
@@ -120,11 +120,14 @@ def guide(
 
 def run(method: Method, task: Task, cond: Any, rng: list[torch.Generator]) -> Guided:
     """Draw one sample per prompt of `cond`, as many prompts at once as `task.batch` holds."""
-    began = time.monotonic()
     at_once = max(1, task.batch // method.rows(task.budget))
-    pieces = [method.draw(task, cond[rows], [rng[i] for i in rows]) for rows in pieces_of(len(cond), at_once)]
-    seconds = time.monotonic() - began
-    found = task.judged(Found.joined(pieces), cond)
+    pieces, seconds = [], 0.0
+    for rows in pieces_of(len(cond), at_once):
+        began = time.monotonic()
+        drawn = method.draw(task, cond[rows], [rng[i] for i in rows])
+        seconds += time.monotonic() - began
+        pieces.append(task.judged(drawn, cond[rows]).to("cpu"))  # an accelerator holds a piece, not all prompts
+    found = Found.joined(pieces)
     trace = {
         "method": method.name,
         "options": dataclasses.asdict(method),

@@ -9,7 +9,7 @@ import torch
 
 from alignkit.errors import RecipeError
 from alignkit.rewards import Weighted
-from alignkit.rewards.base import NoiseAware
+from alignkit.rewards.base import BrokenContract, NoiseAware, ScoresGroups
 from alignkit.types import Scores
 
 Spec = str | Callable[..., Any]
@@ -35,6 +35,12 @@ class Judges:
         chosen = {id(reward) for reward, _ in steering}
         rest = [one for one in known if id(one[0]) not in chosen]
         self.weighted, self.reported = Weighted(steering), Weighted(rest) if rest else None
+        together = [reward.name for reward in every.rewards.values() if isinstance(reward, ScoresGroups)]
+        if together:
+            raise RecipeError(
+                f"{', '.join(together)} compares samples of one prompt with each other, and guidance asks about single "
+                "samples at different times; guide with a reward that scores one sample, and compare afterwards"
+            )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -56,12 +62,18 @@ class Judges:
         """Whether the total gives gradients."""
         return self.weighted.differentiable
 
+    def require_steering(self, method: str) -> None:
+        """Raise RecipeError where no reward has a say."""
+        if not self.steering:
+            raise RecipeError(f"all rewards have weight 0, so {method!r} has nothing to follow; give one a weight")
+
     def require_differentiable(self, method: str) -> None:
         """Raise where a reward with a say in the total gives no gradient.
 
         Raises:
-            RecipeError: names the rewards and methods that need none.
+            RecipeError: there is none; or names the rewards, and methods that need no gradient.
         """
+        self.require_steering(method)
         without = [name for name, reward in self.steering.items() if not reward.differentiable]
         if without:
             raise RecipeError(
@@ -105,5 +117,11 @@ class Judges:
         level = torch.as_tensor(sigma, dtype=torch.float32, device=latents.device).expand(len(latents))
         total = torch.zeros(len(latents), device=latents.device, dtype=latents.dtype)
         for name, reward in self.noisy.items():
-            total = total + self.weights[name] * reward(latents, level, cond)
+            value = reward(latents, level, cond)
+            if value.shape != total.shape:
+                raise BrokenContract(
+                    f"noise-aware reward {name!r} returned {tuple(value.shape)} for {len(latents)} samples; expected "
+                    f"{tuple(total.shape)}"
+                )
+            total = total + self.weights[name] * value
         return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -48,8 +49,8 @@ class Method:
         Raises:
             RecipeError: what was given, the rule, and what would work.
         """
-        if task.budget < 1:
-            raise RecipeError(f"budget={task.budget:g} is below 1, the cost of one plain sample per prompt")
+        if not 1 <= task.budget < math.inf:
+            raise RecipeError(f"budget={task.budget:g}: one plain sample per prompt costs 1; give 1 or more")
 
     def rows(self, budget: float) -> int:
         """Samples of one prompt that are denoised at the same time."""

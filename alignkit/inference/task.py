@@ -38,6 +38,12 @@ class Found:
         scores = replace(self.scores, total=self.scores.total[rows], parts=parts)
         return Found(self.x0[rows], self.media[rows], scores)
 
+    def to(self, device: torch.device | str) -> Found:
+        """The same on another device."""
+        parts = {name: value.to(device) for name, value in self.scores.parts.items()}
+        scores = replace(self.scores, total=self.scores.total.to(device), parts=parts)
+        return Found(self.x0.to(device), self.media.to(device), scores)
+
     @classmethod
     def joined(cls, pieces: Sequence[Found]) -> Found:
         """The samples of all pieces, in order."""

@@ -13,6 +13,7 @@ from alignkit.data.prompts import load_prompts
 from alignkit.errors import RecipeError
 from alignkit.inference import comparison
 from alignkit.inference.comparison import Arm, Comparison
+from alignkit.inference.comparison_report import picture, table
 from alignkit.training import planning
 from alignkit.training.recipe_files import reload
 from alignkit.training.run import resume, start
@@ -111,6 +112,8 @@ def test_sums_of_all_arms_are_planned(recipe: Comparison) -> None:
         ({"seeds": (1, 1)}, "holds one twice"),
         ({"arms": {"a": Arm(), "b": Arm("best_of_m")}}, "nearest: 'best_of_n'"),
         ({"arms": {"a": Arm(), "b": Arm(budget=0.5)}}, "below 1"),
+        ({"arms": {"w +1": Arm(), "w -1": Arm()}}, "must differ"),
+        ({"limit": 1}, "at least 2"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(recipe: Comparison, changes: dict, said: str, tmp_path: Path) -> None:
@@ -124,6 +127,18 @@ def test_exact_shares_count_full_marks(recipe: Comparison) -> None:
     found = comparison.per_prompt(replace(recipe, exact=("ocr",)), drawn)
     torch.testing.assert_close(found["ocr"], torch.tensor([1.0, 0.75]).double())
     torch.testing.assert_close(found["ocr_exact"], torch.tensor([1.0, 0.5]).double())
+
+
+def test_a_score_that_is_not_there_is_neither_exact_nor_wrong(recipe: Comparison, tmp_path: Path) -> None:
+    nan = float("nan")
+    ours = {"ocr": torch.tensor([[1.0, nan, nan], [1.0, 1.0, nan]]), "rare": torch.tensor([[1.0, nan, nan]] * 2)}
+    drawn = comparison.Drawn(torch.rand(2, 3, 3, 4, 4), ours, 1.0, {"head": 0.0}, 0.1)
+    short = replace(recipe, exact=("ocr",), arms={"a": Arm(), "b": Arm()})
+    assert comparison.per_prompt(short, drawn)["ocr_exact"].nan_to_num(nan=-1.0).tolist() == [1.0, 1.0, -1.0]
+    record = comparison.summary(short, {"a": drawn, "b": drawn}, load_prompts(recipe.prompts))
+    assert set(record["arms"]["b"]["against_first"]) == {"ocr", "ocr_exact"}
+    picture(record, ("ocr", "rare"), None, tmp_path / "picture.png")
+    assert "| b |" in table(record)
 
 
 def test_prompts_of_the_file_are_cut_to_the_limit(recipe: Comparison, folder: Path) -> None:

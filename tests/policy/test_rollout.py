@@ -93,3 +93,19 @@ def test_a_step_that_does_not_run_is_refused_as_a_start_or_an_end() -> None:
             policy.rollout(cond, late, rng, latents=x, stop=3)
         with pytest.raises(alignkit.RecipeError, match="1 latents for a conditioning of 2"):
             policy.rollout(cond, late, rng, latents=x[:1])
+
+
+def test_a_loop_that_writes_known_parts_cannot_run_a_step_again() -> None:
+    with alignkit.Policy(shared("sd15_inpaint_blend")) as policy:
+        cond = conditioned(policy, "sd15_inpaint_blend")
+        with pytest.raises(alignkit.RecipeError, match="cannot run again"):
+            policy.rollout(cond, deterministic(STEPS), generators(), repeats={2: 2})
+
+
+def test_a_run_without_records_ends_where_one_with_records_does() -> None:
+    plan = explicit(STEPS, [1, 4], alignkit.Noise("cps", 0.5))
+    with alignkit.Policy(shared("sd3")) as policy:
+        cond = conditioned(policy, "sd3")
+        kept = policy.rollout(cond, plan, generators())
+        bare = policy.rollout(cond, plan, generators(), record=False)
+    assert len(kept.steps) == 2 and bare.steps == () and torch.equal(kept.x0, bare.x0)
