@@ -203,7 +203,7 @@ def memory_ratio(run: Run, step: int) -> dict[str, float]:
 
 
 def bench(batches: Sequence[int] = (8, 1)) -> dict[str, Any]:
-    """Measure; takes about three minutes on one CPU core.
+    """Measure; takes about five minutes on one CPU core.
 
     Returns:
         a JSON record: `overhead` and `overhead_batch1` (shares of wall time, medians where rounds are several),

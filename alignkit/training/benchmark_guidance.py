@@ -94,7 +94,7 @@ class Bed:
 
 
 def guidance(folder: Path) -> list[dict[str, Any]]:
-    """One record per method, in the order of `GUIDANCE`; about a minute and a half on one CPU core."""
+    """One record per method, in the order of `GUIDANCE`; about three minutes on one CPU core."""
     with Policy(tiny_sd3()) as policy:
         bed = Bed.of(policy, folder / "head")
         return [measured(name, one, bed) for name, one in GUIDANCE.items()]
