@@ -8,6 +8,7 @@ What `recipes/sign_noisy.py` trains: the scorer, its examples, and how well it t
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -298,14 +299,19 @@ def draw(found: Mapping[str, Curves], out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("heads", nargs="+", help="NAME=FOLDER of a trained head, such as noised=runs/sign_noisy/model")
+    parser.add_argument("heads", nargs="*", help="NAME=FOLDER of a trained head, such as noised=runs/sign_noisy/model")
+    parser.add_argument("--keep", type=Path, help="a .json of what was measured, to which these heads are added")
     parser.add_argument("--out", type=Path, help="the picture, .png")
     given = parser.parse_args(arguments)
-    signs = held_out_signs(120)
-    samples = own_samples(signs[0])
-    folders = dict(one.split("=", 1) for one in given.heads)
-    found = {name: curves(trained(Path(folder)), signs, samples) for name, folder in folders.items()}
-    print(f"{len(signs[0])} held-out words; {int(samples.exact.sum())} of {samples.exact.numel()} samples exact")
+    found = json.loads(given.keep.read_text("utf-8")) if given.keep is not None and given.keep.exists() else {}
+    if given.heads:
+        signs = held_out_signs(120)
+        samples = own_samples(signs[0])
+        print(f"{len(signs[0])} held-out words; {int(samples.exact.sum())} of {samples.exact.numel()} samples exact")
+        folders = dict(one.split("=", 1) for one in given.heads)
+        found |= {name: curves(trained(Path(folder)), signs, samples) for name, folder in folders.items()}
+    if given.keep is not None:
+        given.keep.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(table(found))
     if given.out is not None:
         draw(found, given.out)
