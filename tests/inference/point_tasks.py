@@ -54,3 +54,16 @@ def points(task: Task, count: int) -> Any:
 
 def generators(count: int, first: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first + i) for i in range(count)]
+
+
+def recorded_batches(task: Task) -> list[int]:
+    """How many points each call of the task's denoiser has, from now on."""
+    batches: list[int] = []
+    velocity = task.policy.velocity
+
+    def record(x: Tensor, *rest: Any) -> Tensor:
+        batches.append(len(x))
+        return velocity(x, *rest)
+
+    task.policy.velocity = record
+    return batches

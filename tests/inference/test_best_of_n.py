@@ -17,7 +17,7 @@ from alignkit.inference.method import BestOfN, best_of
 from alignkit.inference.task import Found, streams
 from alignkit.types import Scores
 from recipes.mixture.world import bimodal
-from tests.inference.point_tasks import STEPS, Asked, exact_policy, generators, points, task_of
+from tests.inference.point_tasks import STEPS, Asked, exact_policy, generators, points, recorded_batches, task_of
 from tests.policy.test_untouched import portrait
 from tests.policy.zoo import PROMPTS, ZOO, shared
 
@@ -70,11 +70,12 @@ def test_a_sample_depends_neither_on_the_batch_nor_on_other_prompts(batch: int) 
 
 
 @pytest.mark.parametrize("batch", [1, 4, 5])
-def test_no_more_samples_are_decoded_and_scored_at_once_than_the_batch_allows(batch: int) -> None:
+def test_no_more_samples_are_denoised_and_scored_at_once_than_the_batch_allows(batch: int) -> None:
     reward = Asked()
     task = task_of(reward, budget=6, batch=batch)
+    denoised = recorded_batches(task)
     run(BestOfN(), task, points(task, 7), generators(7))
-    assert max(reward.batches) == batch
+    assert max(reward.batches) == max(denoised) == batch
     assert sum(reward.batches) == 42
 
 

@@ -19,6 +19,7 @@ from alignkit.inference.method import BestOfN
 from alignkit.inference.runs import Group, by_slot, comparable, judged, rendered
 from alignkit.inference.search import (
     Search,
+    Stretch,
     allowance,
     branched,
     neighbour,
@@ -32,7 +33,7 @@ from alignkit.inference.search import (
 from alignkit.inference.task import Task, streams
 from alignkit.policy import Policy
 from recipes.mixture.world import bimodal
-from tests.inference.point_tasks import STEPS, Asked, exact_policy, generators, points, task_of
+from tests.inference.point_tasks import STEPS, Asked, exact_policy, generators, points, recorded_batches, task_of
 from tests.policy.zoo import PROMPTS, ZOO, shared
 
 ALL = [
@@ -87,10 +88,13 @@ def test_a_sample_depends_neither_on_the_batch_nor_on_other_prompts(search: Sear
 
 
 @pytest.mark.parametrize("search", ALL, ids=shown)
-def test_no_more_samples_are_decoded_and_scored_at_once_than_the_batch_allows(search: Search) -> None:
+def test_no_more_samples_are_denoised_and_scored_at_once_than_the_batch_allows(search: Search) -> None:
     reward = Asked(differentiable=False)
-    drawn(search, reward, prompts=7, batch=3, budget=5.0)
+    task = task_of(reward, batch=3, budget=5.0)
+    denoised = recorded_batches(task)
+    run(search, task, points(task, 7), generators(7))
     assert 1 < max(reward.batches) <= 3
+    assert 1 < max(denoised) <= 3
 
 
 @pytest.mark.parametrize("search", ALL, ids=shown)
@@ -259,6 +263,22 @@ def test_survivors_that_branch_nowhere_finish_as_the_plain_runs_they_are() -> No
     plain = torch.stack([f.x0 for f in rendered(task, points(task, 3), Group(by_slot(generators(3), width)))])
     distance = (plain - out.latents).norm(dim=-1).amin(0)
     assert_close(distance, torch.zeros(3), atol=1e-5, rtol=0)
+
+
+def test_copies_of_a_survivor_go_back_by_fresh_noise_of_their_own_stream() -> None:
+    task = task_of(Asked())
+    cond, x = points(task, 2), torch.tensor([[[1.0, -1.0], [0.5, 2.0]]])
+    own, new = branched(task, cond, by_slot(generators(2), 3), x, Stretch(begin=4, end=8, back=2, kept=1, runs=3))
+    assert (own.start, new.start) == (4, 2)
+    assert own.latents is not None and new.latents is not None
+    assert torch.equal(own.latents, x)
+    low, high = 0.5, 0.75
+    a = (1 - high) / (1 - low)
+    for latents, slot in zip(new.latents, by_slot(generators(2), 3)[1:], strict=True):
+        eps = torch.stack([torch.randn(2, generator=one) for one in slot])
+        assert_close(latents, a * x[0] + math.sqrt(high**2 - a**2 * low**2) * eps)
+    _, fresh = branched(task, cond, by_slot(generators(2), 3), x, Stretch(begin=1, end=8, back=0, kept=1, runs=3))
+    assert (fresh.start, fresh.latents) == (0, None)
 
 
 def test_branches_are_spread_as_the_mixture_is() -> None:
