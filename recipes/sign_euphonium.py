@@ -1,9 +1,10 @@
 """Euphonium on the sign generator: rollouts guided by a head on noised latents, OCR as the outcome.
 
-The quickstart with its steps in a window, as `sign_grpo_plans`. `recipe` distils the guidance into the weights beside
-the policy gradient; `undistilled` only explores with it, and is judged by OCR and by what the head says of each step.
+The quickstart with its steps in a window, as `sign_grpo_plans`, and half its rounds. `recipe` guides weakly and distils
+a little of it; `strong` guides as `sign_value_gradient` does and shows that distilling on top of what was distilled
+before has no end.
 
-Command:   alignkit run sign_euphonium[:undistilled]        (1 CPU thread, seed 0)
+Command:   alignkit run sign_euphonium[:strong]        (1 CPU thread, seed 0)
 Measured:  see recipes/README.md
 """
 
@@ -18,12 +19,13 @@ HEAD = "shipped:assets/signs/noisy"
 
 
 def recipe() -> Euphonium:
-    """Held to the base by the quickstart's KL, as distillation has no end of its own."""
+    """The change is at most a quarter of the velocity; OCR, and what the head says of each step, judge it."""
     guide = {f'noise_aware(weights="{HEAD}", dimension="{name}")': w for name, w in signs.GUIDE.items()}
-    guided = {"guide": guide, "guide_weight": 3.0, "guide_clip": 0.5, "distil_beta": 0.1}
-    return Euphonium(**{**vars(signs.quickstart()), "plan": "window", "window": 2, "window_last": 2, **guided})
+    weak = {"guide": guide, "guide_weight": 1.0, "guide_clip": 0.25, "process_weight": 0.5, "distil_beta": 0.05}
+    window = {"plan": "window", "window": 2, "window_last": 2, "steps": 20}
+    return Euphonium(**{**vars(signs.quickstart()), **window, **weak})
 
 
-def undistilled() -> Euphonium:
-    """Weaker guidance, which the weights never take over, and the change of the head's score over a step beside OCR."""
-    return replace(recipe(), guide_weight=1.0, distil_beta=0.0, process_weight=0.5)
+def strong() -> Euphonium:
+    """Twice the change and the distillation, for twice as long."""
+    return replace(recipe(), guide_weight=3.0, guide_clip=0.5, process_weight=0.0, distil_beta=0.1, steps=40)

@@ -154,8 +154,8 @@ def test_assessments_are_not_guided(tiny_recipe: GRPO, tmp_path: Path) -> None:
     plain = make_run(tiny_recipe, tmp_path / "plain")
     found = make_run(guided(tiny_recipe), tmp_path / "guided")
     prompts = plain.prompts[:2]
-    media = [run.assess(prompts, dict(run.recipe.call)).media for run in (plain, found)]
-    assert torch.equal(*media)
+    one, other = (run.assess(prompts, dict(run.recipe.call)).media for run in (plain, found))
+    assert one is not None and other is not None and torch.equal(one, other)
     assert plain.distances() == found.distances()
 
 
@@ -179,6 +179,7 @@ def test_the_kl_compares_with_the_reference_under_the_same_guidance(tiny_recipe:
 
 def test_distillation_pulls_to_the_velocity_that_was_sampled_with(tiny_recipe: GRPO, tmp_path: Path) -> None:
     run = make_run(guided(tiny_recipe, distil_beta=0.3), tmp_path / "run")
+    assert isinstance(run.recipe, Euphonium)
     experience = run.collect(0)[0]
     found = batches(run, experience)
     plain = dataclasses.replace(run.recipe, distil_beta=0.0)
