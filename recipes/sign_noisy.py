@@ -1,7 +1,8 @@
 """A noise-aware reward of signs: it judges noised latents, legibility and colour, so that it can guide sampling.
 
-Command:   alignkit run sign_noisy[:clean|:control]        (1 CPU thread, seed 0)
-Measured:  see recipes/signs/README.md
+Command:   alignkit run sign_noisy[:clean|:control]        (22 minutes on one thread of a busy machine, seed 0)
+Measured:  120 held-out words, right word above wrong: 0.98 at sigma 0.2, 0.99 at 0.6, 0.94 at 0.8 (trained on clean
+           latents: 0.95, 0.64, 0.64); colour 1.00, 0.99, 0.98; see recipes/signs/README.md
 """
 
 from dataclasses import replace
