@@ -32,7 +32,7 @@ def recipe() -> Comparison:
         rewards={"ocr": 1.0},
         judges=("ocr", "tesseract", "sign_color", PREFERENCE, LEGIBILITY, COLOUR),
         exact=("ocr", "tesseract"),
-        shown=("ocr", "tesseract", "tesseract_exact", "sign_color", "legibility"),
+        shown=("ocr", "tesseract", "tesseract_exact", "legibility"),
         arms={
             "unguided": Arm(),
             "unguided, 4 x the steps": Arm(num_steps=32),
@@ -60,6 +60,6 @@ def weights() -> Comparison:
     return replace(
         recipe(),
         arms={"unguided": Arm(), **arms},
-        shown=("tesseract", "legibility", "colour"),
-        frontier=("colour", "tesseract"),
+        shown=("tesseract_exact", "legibility", "colour"),
+        frontier=("colour", "tesseract_exact"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -73,6 +74,11 @@ def fetch(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     if not (args.run / "recipe.json").is_file():
         raise RecipeError(f"{args.run} has no recipe.json; give the folder of a run, such as runs/quickstart")
+    if json.loads((args.run / "recipe.json").read_text(encoding="utf-8"))["recipe"].get("class") == "Comparison":
+        from alignkit.inference.comparison_report import write
+
+        print(write(args.run))
+        return 0
     from alignkit.evaluation.report import write_report
 
     print(write_report(args.run))

@@ -4,7 +4,8 @@
 2. All samples are scored by the same rewards and judges.
 3. Scores are averaged over the seeds of a prompt; differences to the first contender are paired by prompt, with
    bootstrap intervals. Diversity is that of the samples of one prompt over the seeds.
-4. A table (`table.md`), a picture (`comparison.png`), samples side by side and `summary.json` are written.
+4. `summary.json` and samples side by side are written, and from them a table (`table.md`), a picture (`comparison.png`)
+   and `report.html`.
 
 Every contender's samples of every seed are kept as they come: a run that was stopped goes on with what is missing.
 """
@@ -153,7 +154,7 @@ class Drawn:
 
 def compare(recipe: Comparison, folder: Path, say: Any = None) -> Path:
     """Draw what is missing in a run directory, measure, write tables and pictures; returns the folder."""
-    from alignkit.inference.comparison_report import picture, table
+    from alignkit.inference.comparison_report import measured, table, write
 
     say = Console(highlight=False, markup=False, soft_wrap=True).print if say is None else say
     began = time.monotonic()
@@ -164,11 +165,12 @@ def compare(recipe: Comparison, folder: Path, say: Any = None) -> Path:
     record = summary(recipe, drawn, prompts)
     record["wall_seconds"] = time.monotonic() - began
     (folder / "summary.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    (folder / "table.md").write_text(table(record) + "\n", encoding="utf-8")
-    picture(record, recipe.shown, recipe.frontier, folder / "comparison.png")
     samples_of(recipe, drawn, prompts).save(folder / "samples.png")
+    absent = [m for m in (*recipe.shown, *(recipe.frontier or ())) if m not in measured(record)]
+    if absent:
+        say(f"not in the picture, as it was not measured: {', '.join(absent)}; there are {', '.join(measured(record))}")
     say(table(record))
-    say(f"{folder / 'comparison.png'}\n{folder / 'samples.png'}\n{folder / 'summary.json'}")
+    say(f"report: {write(folder)}")
     return folder
 
 
@@ -248,7 +250,8 @@ def summary(recipe: Comparison, drawn: Mapping[str, Drawn], prompts: list[Prompt
             "seconds": one.seconds,
             "arm": {**asdict(recipe.arms[name]), "call": dict(recipe.arms[name].call)},
         }
-    return {"recipe": "Comparison", "prompts": len(prompts), "seeds": list(recipe.seeds), "arms": arms}
+    about = {"model": recipe.model, "prompts": len(prompts), "seeds": list(recipe.seeds)}
+    return {"recipe": "Comparison", **about, "shown": recipe.shown, "frontier": recipe.frontier, "arms": arms}
 
 
 def differences(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:

@@ -1,26 +1,76 @@
-"""The table and the picture of a comparison, from its `summary.json`."""
+"""The table, the picture and the page of a comparison, from its `summary.json`."""
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Guidance compared</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: left; white-space: nowrap }
+div { overflow-x: auto } img { max-width: 100% }
+</style>
+<h1>Guidance compared</h1>
+<p>{{ model }}. {{ said }}</p>
+<div><table>{% for row in rows %}<tr>{% for cell in row %}
+{% if loop.first %}<th>{% else %}<td>{% endif %}{{ cell }}
+{% endfor %}</tr>{% endfor %}</table></div>
+{% for picture in pictures %}<p><img alt="" src="data:image/png;base64,{{ picture }}"></p>{% endfor %}
+</html>
+"""
+
+
+def write(folder: Path) -> Path:
+    """`table.md`, `comparison.png` and `report.html` from a run folder's summary and samples; returns the last."""
+    record = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    (folder / "table.md").write_text(table(record) + "\n", encoding="utf-8")
+    picture(record, record["shown"], record["frontier"], folder / "comparison.png")
+    pictures = [folder / name for name in ("comparison.png", "samples.png")]
+    shown = [base64.b64encode(one.read_bytes()).decode() for one in pictures if one.is_file()]
+    page = Environment(autoescape=True).from_string(PAGE)
+    said, rows = sentence(record), rows_of(record)
+    report = folder / "report.html"
+    report.write_text(page.render(model=record["model"], said=said, rows=rows, pictures=shown), encoding="utf-8")
+    return report
+
+
+def sentence(record: Mapping[str, Any]) -> str:
+    """What the numbers are."""
+    seeds = ", ".join(map(str, record["seeds"]))
+    return (
+        f"{record['prompts']} prompts, seeds {seeds}; brackets: difference to the first row, 95 % interval, paired by "
+        "prompt. Denoiser and head calls are those of one sample; denoiser calls in units of a plain sample's."
+    )
+
 
 def table(record: Mapping[str, Any]) -> str:
-    """Markdown: a row per contender, means with their 95 % interval of the difference to the first."""
-    arms = record["arms"]
-    measures = list(next(iter(arms.values()))["measures"])
+    """The rows as Markdown, below a sentence that says what they are."""
+    head, *rest = rows_of(record)
+    lines = [head, ["---"] * len(head), *rest]
+    return "\n".join([sentence(record), "", *(f"| {' | '.join(row)} |" for row in lines)])
+
+
+def rows_of(record: Mapping[str, Any]) -> list[list[str]]:
+    """Header and a row per contender: means with their 95 % interval of the difference to the first."""
+    arms, measures = record["arms"], measured(record)
     head = ["", "denoiser calls", "head calls", *measures, "diversity", "seconds"]
-    rows = [_row(name, arm, measures) for name, arm in arms.items()]
-    said = (
-        f"{record['prompts']} prompts, seeds {', '.join(map(str, record['seeds']))}; brackets: difference to the first "
-    )
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join([f"{said}row, 95 % interval, paired by prompt.", "", *(f"| {' | '.join(r)} |" for r in lines)])
+    return [head, *(_row(name, arm, measures) for name, arm in arms.items())]
+
+
+def measured(record: Mapping[str, Any]) -> list[str]:
+    """The measures of every contender."""
+    first, *rest = (arm["measures"] for arm in record["arms"].values())
+    return [measure for measure in first if all(measure in other for other in rest)]
 
 
 def _row(name: str, arm: Mapping[str, Any], measures: Sequence[str]) -> list[str]:
@@ -37,10 +87,12 @@ def _row(name: str, arm: Mapping[str, Any], measures: Sequence[str]) -> list[str
 
 
 def picture(record: Mapping[str, Any], shown: Sequence[str], frontier: tuple[str, str] | None, out: Path) -> None:
-    """Differences to the first contender with their intervals, and two measures against each other."""
+    """Differences to the first contender with their intervals, and two measures against each other; of what is asked
+    for, what was measured."""
     arms = record["arms"]
-    first = next(iter(arms))
-    measures = list(shown) or list(arms[first]["measures"])
+    known = measured(record)
+    measures = [measure for measure in shown if measure in known] or known
+    frontier = frontier if frontier is not None and set(frontier) <= set(known) else None
     figure = Figure(figsize=(3.0 * len(measures) + (5.5 if frontier else 0) + 1.5, 0.42 * len(arms) + 1.4), dpi=100)
     figure.set_layout_engine("constrained")
     widths = [1.0] * len(measures) + ([1.7] if frontier else [])

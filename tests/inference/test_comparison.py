@@ -13,7 +13,7 @@ from alignkit.data.prompts import load_prompts
 from alignkit.errors import RecipeError
 from alignkit.inference import comparison
 from alignkit.inference.comparison import Arm, Comparison
-from alignkit.inference.comparison_report import picture, table
+from alignkit.inference.comparison_report import picture, table, write
 from alignkit.training import planning
 from alignkit.training.recipe_files import reload
 from alignkit.training.run import resume, start
@@ -62,7 +62,7 @@ def test_the_summary_says_what_every_arm_reached_and_cost(recipe: Comparison, tm
     assert same == {"mean": 0.0, "low": 0.0, "high": 0.0, "error": 0.0} and 0 <= better["low"] <= better["mean"]
     assert better["mean"] == pytest.approx(mean["best of 4"] - mean["unguided"])
     assert arms["unguided"]["diversity"] > 0
-    for name in ("table.md", "comparison.png", "samples.png", "recipe.json", "env.json"):
+    for name in ("table.md", "comparison.png", "samples.png", "report.html", "recipe.json", "env.json"):
         assert (tmp_path / "run" / name).stat().st_size > 0
     table = (tmp_path / "run" / "table.md").read_text(encoding="utf-8")
     assert "| best of 4 | 4.00 |" in table and "brightness" in table
@@ -133,12 +133,15 @@ def test_a_score_that_is_not_there_is_neither_exact_nor_wrong(recipe: Comparison
     nan = float("nan")
     ours = {"ocr": torch.tensor([[1.0, nan, nan], [1.0, 1.0, nan]]), "rare": torch.tensor([[1.0, nan, nan]] * 2)}
     drawn = comparison.Drawn(torch.rand(2, 3, 3, 4, 4), ours, 1.0, {"head": 0.0}, 0.1)
-    short = replace(recipe, exact=("ocr",), arms={"a": Arm(), "b": Arm()})
+    short = replace(recipe, exact=("ocr",), arms={"a": Arm(), "<b>": Arm()})
     assert comparison.per_prompt(short, drawn)["ocr_exact"].nan_to_num(nan=-1.0).tolist() == [1.0, 1.0, -1.0]
-    record = comparison.summary(short, {"a": drawn, "b": drawn}, load_prompts(recipe.prompts))
-    assert set(record["arms"]["b"]["against_first"]) == {"ocr", "ocr_exact"}
+    record = comparison.summary(short, {"a": drawn, "<b>": drawn}, load_prompts(recipe.prompts))
+    assert set(record["arms"]["<b>"]["against_first"]) == {"ocr", "ocr_exact"}
     picture(record, ("ocr", "rare"), None, tmp_path / "picture.png")
-    assert "| b |" in table(record)
+    assert "| <b> |" in table(record)
+    (tmp_path / "summary.json").write_text(json.dumps(record), encoding="utf-8")
+    page = write(tmp_path).read_text(encoding="utf-8")
+    assert "&lt;b&gt;" in page and "<b>" not in page
 
 
 def test_prompts_of_the_file_are_cut_to_the_limit(recipe: Comparison, folder: Path) -> None:
