@@ -2,8 +2,8 @@
 
 `ValueGradient` with the exact value function, `log E[exp(r(x0)) | x_sigma]`, must sample the tilt `p exp(r)` without a
 guide: reward, shares of the modes and mean are compared with sums over a grid. Its control is the guide turned round.
-`Euphonium` is compared with Flow-GRPO after the same few rounds, on a reward that it also
-has as its guide, before either is near the top.
+`Euphonium` is compared with Flow-GRPO after the same few rounds, on a reward that it also has as its guide, before
+either is near the top.
 """
 
 from __future__ import annotations

@@ -119,6 +119,7 @@ def test_singular_levels_are_not_drawn_and_never_count(tiny_recipe: GRPO, tmp_pa
     assert float(experience.cond.sigmas[0]) == 1.0
     views = run.recipe.views(run.policy, experience, [torch.Generator().manual_seed(i) for i in range(6)])
     assert max(float(view.sigma.max()) for view in views if isinstance(view, Noised)) <= 0.98
+    move(run)
     batch = with_sigma(batch_of(run), run, [1.0, 0.9, 0.9995, 0.5, 1.0, 0.2])
     loss, _ = run.recipe.policy_step(run.policy, batch)
     assert (loss > 0).tolist() == [False, True, False, True, False, True] and bool(loss.isfinite().all())
