@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,7 +9,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from alignkit.flow.guidance import posterior_slope
 from alignkit.flow.particles import (
     Potential,
     Resampling,
@@ -29,12 +27,11 @@ from alignkit.flow.particles import (
 from alignkit.flow.path import expand_to, x0_from_velocity
 from alignkit.flow.plan import Plan
 from alignkit.flow.transition import Transition
-from alignkit.inference.steering import pulled_back, require_finite, reward_gradient
-from alignkit.inference.task import Task
+from alignkit.inference.steering import Through, carried_to_latents, require_finite, reward_gradient, shortened
+from alignkit.inference.task import Task, comparable
 from alignkit.types import Step
 
 Pick = Literal["best", "sample"]
-Through = Literal["x0", "denoiser"]
 
 
 @dataclass
@@ -86,7 +83,7 @@ def chosen(pick: Pick, total: Tensor, log_weights: Tensor, rng: list[torch.Gener
     prompts, count = log_weights.shape
     if pick == "best":
         reward = rearrange(total.cpu(), "(p k) -> p k", k=count)
-        best = reward.masked_fill(reward.isnan(), -math.inf).argmax(dim=1)
+        best = comparable(reward).argmax(dim=1)
     else:
         best = ancestors_of("multinomial", log_weights, torch.ones(prompts, dtype=torch.bool), rng)[:, 0]
     return [prompt * count + int(own) for prompt, own in enumerate(best)]
@@ -160,26 +157,18 @@ class DASRun:
     def seen(self, step: Step) -> tuple[Tensor, Tensor]:
         """Rewards (P * K,) of the clean estimates, and their gradients with respect to the latents (P * K, ...)."""
         task, cond, batch = self.cloud.task, self.cloud.cond, self.gradient_batch
-        path = task.policy.path
-        x0 = x0_from_velocity(path, step.velocity, step.latents, step.sigma)
+        x0 = x0_from_velocity(task.policy.path, step.velocity, step.latents, step.sigma)
         reward, gradient = reward_gradient(task.reward_of_clean, x0, cond, batch)
-        gradient = gradient.masked_fill(expand_to(reward, gradient).isnan(), 0.0)  # no reward, nothing to follow
-        if self.through == "x0":
-            return reward, expand_to(posterior_slope(path, step.sigma), gradient) * gradient
-
-        def estimate(x: Tensor, own: Any) -> Tensor:
-            return x0_from_velocity(path, task.velocity(x, step.timestep, own), x, step.sigma)
-
-        return reward, pulled_back(estimate, step.latents, cond, gradient, batch)
+        return reward, carried_to_latents(task, step, cond, gradient, self.through, batch)
 
     def shifted(self, step: Step, gradient: Tensor) -> Step:
         """The step with its mean moved by std^2 `gradient` (P * K, ...), as a change of its velocity; remembered."""
-        require_finite(gradient, step, self.cloud.cond)
+        require_finite(gradient, self.cloud.cond, step)
         sigmas = self.cloud.cond.sigmas
         levels = step.sigma, step.sigma_next, float(sigmas[1])
         rate = self.plan.noise_at(step.index).coefficients(self.cloud.task.policy.path, *levels)
         plain = step.transition(step.latents, step.velocity)
-        shift = clipped(expand_to(rate.std, gradient) * gradient, self.clip)
+        shift = shortened(expand_to(rate.std, gradient) * gradient, self.clip)
         if plain.mask is not None:
             shift = shift * plain.mask.to(shift)
         velocity = step.velocity + expand_to(rate.std / rate.velocity, shift) * shift
@@ -190,14 +179,6 @@ class DASRun:
     def end(self, total: Tensor) -> Tensor:
         """(P, K) the last log-weights, given the rewards (P * K,) of the samples."""
         return completed(self.weights, "diff", self.cloud.by_prompt(total), self.strength, self.factor).log_weights
-
-
-def clipped(shift: Tensor, limit: float | None) -> Tensor:
-    """`shift` (B, ...) with the norm of each sample at most `limit`."""
-    if limit is None:
-        return shift
-    norm = shift.flatten(1).norm(dim=1)
-    return shift * expand_to((limit / norm.clamp_min(1e-30)).clamp_max(1.0), shift)
 
 
 Run = FKRun | DASRun

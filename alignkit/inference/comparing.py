@@ -61,7 +61,7 @@ class Row:
         return [Sample(p, s, m) for p, s, m in zip(self.prompts, self.seeds, media, strict=True)]
 
     def per_sample(self, spent: str) -> float:
-        """What one of the samples took, on average, of one kind of `Spent`."""
+        """What one of the samples took, on average, of one kind of `Calls`."""
         return self.guided.trace["spent"][spent] / len(self.seeds)
 
 
@@ -187,7 +187,7 @@ def compare(
         judges.bind(policy)
         judges.check_prompts(texts)
         cond = policy.condition(texts, num_steps=steps, seed=seeds, **call)
-        tasks = [Task(policy, judges, len(cond.timesteps), one.budget, batch) for one in compared]
+        tasks = [Task(policy, judges, len(cond.timesteps), one.budget, batch, cond.sigmas) for one in compared]
         for one, task in zip(compared, tasks, strict=True):
             one.method.check(task)
         # One sample before the clocks: what loads at its first call would count against the first row.

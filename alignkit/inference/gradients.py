@@ -12,7 +12,7 @@ and the same through the path for eps and v models (`flow.guidance.with_score_gr
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
@@ -21,25 +21,23 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import RecipeError
-from alignkit.flow.guidance import Schedule, Strength, posterior_slope, posterior_std, with_x0_change
+from alignkit.flow.guidance import Schedule, Strength, posterior_std, with_x0_change
 from alignkit.flow.path import Path, expand_to, x0_from_velocity
 from alignkit.flow.transition import draw_noise
-from alignkit.inference.method import Calls, Method, best_of
+from alignkit.inference.method import Calls, Method, best_of, one_of
+from alignkit.inference.saving import recomputing
 from alignkit.inference.steering import (
+    Through,
+    carried_to_latents,
     climbed,
     noisy_reward_steering,
     noted,
-    pulled_back,
     require_finite,
     smoothed_gradient,
 )
 from alignkit.inference.task import Found, Task
-from alignkit.policy.adapters import denoisers
-from alignkit.policy.memory import checkpointing, components
-from alignkit.policy.standin import class_attribute
 from alignkit.types import Steer, Step
 
-Through = Literal["x0", "denoiser"]
 Jacobian = Literal["gaussian", "identity"]
 
 
@@ -74,8 +72,7 @@ class GradientGuidance(Method):
 
     def check(self, task: Task) -> None:
         super().check(task)
-        if not task.judges.steering:
-            raise RecipeError(f"all rewards have weight 0, so {self.name!r} has nothing to follow; give one a weight")
+        task.judges.require_steering(self.name)
 
     def guided(self, sigmas: Tensor) -> list[int]:
         """The steps of a grid (num_steps + 1,) that are guided."""
@@ -145,7 +142,8 @@ class DPS(GradientGuidance):
         jacobian: of "x0", what stands for d x0_hat / d x: "gaussian", alpha / (alpha^2 + sigma^2), which it is for data
             of unit variance, or "identity".
         averages: LGD-MC: the reward is averaged over so many x0_hat + s z, s the spread of x0 given the latents for
-            data of unit variance; 1: of x0_hat itself. The z of a step are the same for all samples.
+            data of unit variance; 1: of x0_hat itself. The z of a step are the same for all samples. The average is
+            of exp(weight r); of exp(r) with `normalise`, where the weight is no exponent but a share of a norm.
         backward_steps, backward_lr: universal guidance (2302.07121): x0_hat itself also takes so many gradient steps.
         repeats: time travel (FreeDoM 2303.09833): how often the steps between the shares `repeat_start` and
             `repeat_stop` run, with fresh noise in between; each costs a denoiser call.
@@ -167,9 +165,8 @@ class DPS(GradientGuidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("through", get_args(Through)), ("jacobian", get_args(Jacobian))):
-            if vars(self)[name] not in known:
-                raise RecipeError(f"{name}={vars(self)[name]!r} is not known; expected one of {', '.join(known)}")
+        one_of("through", self.through, get_args(Through))
+        one_of("jacobian", self.jacobian, get_args(Jacobian))
         for name, least in (("averages", 1), ("backward_steps", 0), ("repeats", 1)):
             if vars(self)[name] < least:
                 raise RecipeError(f"{name}={vars(self)[name]} must be at least {least}")
@@ -182,13 +179,7 @@ class DPS(GradientGuidance):
     def check(self, task: Task) -> None:
         super().check(task)
         task.judges.require_differentiable(self.name)
-        cost = self.cost(_even(task.num_steps)) / task.num_steps
-        if task.budget < cost:
-            raise RecipeError(
-                f"budget={task.budget:g} does not pay one sample of these options, which costs {cost:.2f} plain ones "
-                f"(through={self.through!r}, repeats={self.repeats}); give budget={math.ceil(cost)}, or options that "
-                "cost less"
-            )
+        self.samples(_even(task.num_steps) if task.sigmas is None else task.sigmas, task.budget)
 
     def guided(self, sigmas: Tensor) -> list[int]:
         n = len(sigmas) - 1
@@ -229,12 +220,25 @@ class DPS(GradientGuidance):
         return one * self.samples(sigmas, budget)
 
     def samples(self, sigmas: Tensor, budget: float) -> int:
-        """How many samples of a prompt a budget pays, at least one."""
-        return max(1, int(budget * (len(sigmas) - 1) // self.cost(sigmas)))
+        """How many samples of a prompt a budget pays.
+
+        Raises:
+            RecipeError: none.
+        """
+        cost = self.cost(sigmas) / (len(sigmas) - 1)
+        count = int(budget / cost + 1e-9)
+        if count < 1:
+            raise RecipeError(
+                f"budget={budget:g} does not pay one sample of these options, which costs {cost:.2f} plain ones "
+                f"(through={self.through!r}, repeats={self.repeats}); give budget={math.ceil(cost)}, or options that "
+                "cost less"
+            )
+        return count
 
     def draw(self, task: Task, cond: Any, rng: list[torch.Generator]) -> Found:
         count, travels = self.samples(cond.sigmas, task.budget), self.travels(len(cond.timesteps))
-        with self._checkpointing(task.policy):
+        saving = recomputing(task.policy, self.through == "denoiser") if self.checkpointing else nullcontext()
+        with saving:
             return best_of(task, cond, rng, count, steering=partial(self.steering, task), repeats=travels)
 
     def steering(self, task: Task, cond: Any) -> Steer:
@@ -255,15 +259,15 @@ class DPS(GradientGuidance):
         x0 = x0_from_velocity(path, step.velocity, step.latents, step.sigma)
         if weight != 0:
             offsets = self.offsets(path, step)
-            own = (cond, offsets, weight, self.gradient_batch)
+            own = (cond, offsets, 1.0 if self.normalise else weight, self.gradient_batch)
             values, gradient = smoothed_gradient(task.reward_of_clean, x0, *own)
             gradient = self.of_latents(task, step, cond, gradient)
-            require_finite(gradient, step, cond)
+            require_finite(gradient, cond, step)
             velocity = self.strength.guided(path, velocity, gradient, step.sigma, weight)
         if self.backward_steps:
             own = (cond, self.backward_steps, self.backward_lr, self.gradient_batch)
             delta = climbed(task.reward_of_clean, x0, *own)
-            require_finite(delta, step, cond)
+            require_finite(delta, cond, step)
             velocity = with_x0_change(path, velocity, delta, step.sigma)
         return noted(step, velocity, values, task.note)
 
@@ -277,25 +281,6 @@ class DPS(GradientGuidance):
 
     def of_latents(self, task: Task, step: Step, cond: Any, gradient: Tensor) -> Tensor:
         """The gradient (B, ...) with respect to the latents from that with respect to the clean estimate."""
-        if self.through == "denoiser":
-
-            def clean(x: Tensor, own: Any) -> Tensor:
-                return x0_from_velocity(task.policy.path, task.velocity(x, step.timestep, own), x, step.sigma)
-
-            return pulled_back(clean, step.latents, cond, gradient, self.gradient_batch)
-        if self.jacobian == "identity":
+        if self.through == "x0" and self.jacobian == "identity":
             return gradient
-        return expand_to(posterior_slope(task.policy.path, step.sigma), gradient) * gradient
-
-    def _checkpointing(self, policy: Any) -> AbstractContextManager[None]:
-        if not self.checkpointing:
-            return nullcontext()
-        home = "diffusers.models.autoencoders"
-        own = {n: m for n, m in components(policy.pipe).items() if type(m).__module__.startswith(home)}
-        modules = {**own, **(denoisers(policy.pipe) if self.through == "denoiser" else {})}
-        able = {n: m for n, m in modules.items() if class_attribute(type(m), "_supports_gradient_checkpointing")}
-        if not able:
-            raise RecipeError(
-                f"checkpointing=True, and none of {', '.join(modules)} can checkpoint; set gradient_batch=1 instead"
-            )
-        return checkpointing(able)
+        return carried_to_latents(task, step, cond, gradient, self.through, self.gradient_batch)

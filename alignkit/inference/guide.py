@@ -46,7 +46,7 @@ class Guided:
         rewards: (B,) weighted sum.
         parts: raw rewards by name, each (B,); judges too.
         latents: (B, ...) clean latents as the pipeline's scheduler sees them.
-        trace: what happened: method and its options, `budget`, `spent` (see `Spent`), `budget_used` (denoiser calls
+        trace: what happened: method and its options, `budget`, `spent` (see `Calls`), `budget_used` (denoiser calls
             over those of one plain sample per prompt), `seconds` (without those of judges), and what the method noted.
     """
 
@@ -111,7 +111,8 @@ def guide(
         own.bind(policy)
         own.check_prompts(texts)
         cond = policy.condition(texts, num_steps=steps_of(num_steps, call), seed=seed, **call)
-        task = Task(policy, own, len(cond.timesteps), chosen.default_budget if budget is None else budget, batch)
+        given = chosen.default_budget if budget is None else budget
+        task = Task(policy, own, len(cond.timesteps), given, batch, cond.sigmas)
         chosen.check(task)
         if progress:
             task.on_step = stack.enter_context(bar(chosen, task, len(cond)))

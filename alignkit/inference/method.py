@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from alignkit.errors import RecipeError
 from alignkit.flow.plan import Plan
-from alignkit.inference.task import Found, Task, pieces_of, streams
+from alignkit.inference.task import Calls, Found, Task, pieces_of, streams
 from alignkit.types import Steer
 
 
-@dataclass(frozen=True)
-class Calls:
-    """What one prompt will cost, in samples; see `Spent`."""
-
-    denoiser: int = 0
-    denoiser_gradients: int = 0
-    head: int = 0
-    head_gradients: int = 0
-    decodes: int = 0
-    decode_gradients: int = 0
-    rewards: int = 0
-
-    def __mul__(self, count: int) -> Calls:
-        return Calls(**{name: value * count for name, value in asdict(self).items()})
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise RecipeError unless an option is one of those known."""
+    if value not in known:
+        raise RecipeError(f"{name}={value!r} is not known; expected one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ the sampler is stochastic.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -22,8 +23,10 @@ from alignkit.flow.particles import POTENTIALS, RESAMPLINGS, Potential, Resampli
 from alignkit.flow.path import Path, VariancePreserving
 from alignkit.flow.plan import Plan, full
 from alignkit.flow.transition import Noise
-from alignkit.inference.cloud import Cloud, DASRun, FKRun, Pick, Run, Through, chosen
-from alignkit.inference.method import Calls, Method
+from alignkit.inference.cloud import Cloud, DASRun, FKRun, Pick, Run, chosen
+from alignkit.inference.method import Calls, Method, one_of
+from alignkit.inference.saving import recomputing
+from alignkit.inference.steering import Through
 from alignkit.inference.task import Found, Task, streams
 
 
@@ -73,8 +76,7 @@ class Particles(Method):
                 f"{self.name!r} needs at least 2 steps, the last of which adds no noise; given "
                 f"num_steps={task.num_steps}; method='best_of_n' works with one"
             )
-        if not task.judges.steering:
-            raise RecipeError(f"all rewards have weight 0, so {self.name!r} has nothing to follow; give one a weight")
+        task.judges.require_steering(self.name)
 
     def rows(self, budget: float) -> int:
         return int(budget)
@@ -109,12 +111,6 @@ class Particles(Method):
     def run(self, cloud: Cloud, plan: Plan) -> Run:
         """What steers one run."""
         raise NotImplementedError
-
-
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise RecipeError unless an option is one of those known."""
-    if value not in known:
-        raise RecipeError(f"{name}={value!r} is not known; expected one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -181,6 +177,8 @@ class DAS(Particles):
         clip: the largest shift, in standard deviations of the step (norm over all positions); None: no bound. Weights
             correct for whatever shift was made.
         gradient_batch: particles that are differentiated at once, 1 for the least memory; None: all.
+        checkpointing: compute activations again at backward, in the decoder (and the denoiser, through it), as far as
+            their classes can.
     """
 
     name: ClassVar[str] = "das"
@@ -190,6 +188,7 @@ class DAS(Particles):
     through: Through = "x0"
     clip: float | None = None
     gradient_batch: int | None = None
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,6 +221,11 @@ class DAS(Particles):
         second = shifted if self.through == "denoiser" else 0
         one = Calls(num_steps + second, second, 0, 0, shifted + 1, shifted, shifted + 1)
         return one * self.count(num_steps, budget)
+
+    def particles(self, task: Task, cond: Any, rng: list[torch.Generator]) -> tuple[Found, Tensor]:
+        saving = recomputing(task.policy, self.through == "denoiser") if self.checkpointing else nullcontext()
+        with saving:
+            return super().particles(task, cond, rng)
 
     def run(self, cloud: Cloud, plan: Plan) -> DASRun:
         gamma = tempering_rate(plan.num_steps) if self.gamma is None else self.gamma

@@ -18,17 +18,20 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
+from einops import reduce
 from torch import Tensor
 
-from alignkit.errors import AlignkitError, RecipeError
-from alignkit.flow.path import expand_to
+from alignkit.errors import RecipeError
+from alignkit.flow.guidance import norms
 from alignkit.flow.transition import ODE
 from alignkit.inference.method import Calls, Method
-from alignkit.inference.runs import comparable, rows_where
+from alignkit.inference.runs import rows_where
+from alignkit.inference.saving import recomputable
 from alignkit.inference.search import require_pure_noise
-from alignkit.inference.task import Found, Task, streams
+from alignkit.inference.steering import pulled_back, require_finite, reward_gradient, shortened
+from alignkit.inference.task import Found, Task, comparable, pieces_of, streams
 from alignkit.policy.conditioning import Conditioning
+from alignkit.policy.memory import checkpointing
 
 FEW_STEPS = 4
 
@@ -45,7 +48,9 @@ class ReNO(Method):
         lr, momentum: of SGD with Nesterov momentum.
         clip: the largest norm of one sample's gradient.
         regularity: weight of `norm_regulariser`, which keeps the noise as long as Gaussian noise is.
-        checkpoint: keep one step's activations at a time and run every step again for its gradient.
+        checkpoint: keep one step's activations at a time and run every step again for its gradient; the decoder, where
+            its class can, computes its own again.
+        gradient_batch: samples that are differentiated at once, 1 for the least memory; None: all.
     """
 
     name: ClassVar[str] = "reno"
@@ -56,8 +61,11 @@ class ReNO(Method):
     clip: float = 0.1
     regularity: float = 0.01
     checkpoint: bool = True
+    gradient_batch: int | None = None
 
     def __post_init__(self) -> None:
+        if self.gradient_batch is not None and self.gradient_batch < 1:
+            raise RecipeError(f"gradient_batch={self.gradient_batch}; expected at least 1, or None for all at once")
         for name, value in {"lr": self.lr, "clip": self.clip}.items():
             if not value > 0.0:
                 raise RecipeError(f"{name}={value} must be above 0")
@@ -86,57 +94,61 @@ class ReNO(Method):
         """The best sample on each prompt's way through the noises."""
         require_steppable(cond)
         z = task.policy.initial_latents(cond, streams(rng, 1))
-        require_pure_noise(z, task.policy.initial_latents(cond, streams(rng, 1)), "noise optimisation")
+        other = task.policy.initial_latents(cond, streams(rng, 1))
+        require_pure_noise(z, other, "noise optimisation")
+        free = z != other  # what is the same in both is given, and stays
         if task.num_steps > FEW_STEPS:
             task.note("advice", f"{task.num_steps} steps: noise optimisation is meant for 1 to {FEW_STEPS}")
         buffer, best_x0, best = None, z, torch.full((len(z),), torch.nan, device=z.device)
         for iteration in range(1, int(task.budget) + 1):
-            x0, reward, gradient = self._looked(task, z, cond, iteration < int(task.budget))
+            x0, reward, gradient = self._looked(task, z, free, cond, iteration < int(task.budget))
             task.note("reward", reward.tolist())
-            task.note("noise_norm", rearrange(z, "p ... -> p (...)").norm(dim=1).tolist())
+            task.note("noise_norm", norms(z * free).tolist())
             better = (comparable(reward) > comparable(best)) | (iteration == 1)
             best = torch.where(better, reward, best)
             best_x0 = rows_where(better, x0, best_x0)
             if gradient is not None:
-                require_finite(gradient, iteration, cond)
-                z, buffer = nesterov_step(z, buffer, clipped(gradient, self.clip), self.lr, self.momentum)
+                require_finite(gradient, cond, f"iteration {iteration}")
+                z, buffer = nesterov_step(z, buffer, shortened(gradient, self.clip), self.lr, self.momentum)
         return task.score(best_x0, cond)
 
-    def _looked(self, task: Task, z: Tensor, cond: Any, follow: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _looked(
+        self, task: Task, z: Tensor, free: Tensor, cond: Any, follow: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Clean latents (P, ...) of noise z, their rewards (P,) and, if asked for, the loss's gradient (P, ...)."""
-        noise = z.detach().requires_grad_(follow)
-        with torch.set_grad_enabled(follow and not self.checkpoint):
+        if not follow:
+            with torch.no_grad():
+                x0 = trajectory(task, z, cond)[-1]
+                return x0, task.reward_of_clean(x0, cond), None
+        pieces = pieces_of(len(z), self.gradient_batch or len(z))
+        with checkpointing(recomputable(task.policy, denoiser=False) if self.checkpoint else {}):
+            looked = [self._followed(task, z[rows], free[rows], cond[rows]) for rows in pieces]
+        x0, reward, gradient = (torch.cat(each) for each in zip(*looked, strict=True))
+        return x0, reward, gradient
+
+    def _followed(self, task: Task, z: Tensor, free: Tensor, cond: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of samples that are differentiated at once, with the gradient."""
+        noise = z.detach().requires_grad_()
+        with torch.set_grad_enabled(not self.checkpoint):
             states = trajectory(task, noise, cond)
-        x0 = states[-1].detach().requires_grad_(follow)
-        with torch.set_grad_enabled(follow):
-            reward = task.reward_of_clean(x0, cond)
-            if not follow:
-                return x0, reward, None
-            length = norm_regulariser(noise)
-        (gradient,) = torch.autograd.grad(reward.sum(), x0)
+        reward, gradient = reward_gradient(task.reward_of_clean, states[-1], cond)
         if self.checkpoint:
-            gradient = pulled_back(task, states, cond, gradient)
+            gradient = back_to_noise(task, states, cond, gradient)
         else:
             (gradient,) = torch.autograd.grad(states[-1], noise, gradient)
-        (inwards,) = torch.autograd.grad(length.sum(), noise)
-        return x0.detach(), reward.detach(), self.regularity * inwards - gradient
+        with torch.enable_grad():
+            (inwards,) = torch.autograd.grad(norm_regulariser(noise, free).sum(), noise)
+        return states[-1].detach(), reward, (self.regularity * inwards - gradient).masked_fill(~free, 0.0)
 
 
 # formulas
 
 
-def norm_regulariser(z: Tensor) -> Tensor:
-    """(P,) `|z|^2 / 2 - (d - 1) log |z|` of z (P, ...) with d numbers each: minus the log-density of the length of
-    Gaussian noise, up to a constant (ReNO, 2406.04312); least where |z|^2 = d - 1."""
-    flat = rearrange(z, "p ... -> p (...)")
-    norm = flat.norm(dim=1)
-    return norm.square() / 2.0 - (flat.shape[1] - 1) * norm.log()
-
-
-def clipped(gradient: Tensor, limit: float) -> Tensor:
-    """(P, ...): rows longer than `limit` shortened to it."""
-    norm = rearrange(gradient, "p ... -> p (...)").norm(dim=1)
-    return gradient * expand_to((limit / norm.clamp_min(limit)), gradient)
+def norm_regulariser(z: Tensor, free: Tensor) -> Tensor:
+    """(P,) `|z|^2 / 2 - (d - 1) log |z|` of the d numbers of each of z (P, ...) that are `free` (P, ...): minus the
+    log-density of the length of Gaussian noise, up to a constant (ReNO, 2406.04312); least where |z|^2 = d - 1."""
+    norm, d = norms(z * free), reduce(free.to(z), "p ... -> p", "sum")
+    return norm.square() / 2.0 - (d - 1) * norm.log()
 
 
 def nesterov_step(
@@ -159,7 +171,7 @@ def trajectory(task: Task, z: Tensor, cond: Any) -> list[Tensor]:
     return states
 
 
-def pulled_back(task: Task, states: list[Tensor], cond: Any, gradient: Tensor) -> Tensor:
+def back_to_noise(task: Task, states: list[Tensor], cond: Any, gradient: Tensor) -> Tensor:
     """The gradient (P, ...) with respect to the first of `states` from that with respect to the last.
 
     Every step is run again, alone. Not with torch's checkpointing: that would call the policy from autograd's own
@@ -168,10 +180,11 @@ def pulled_back(task: Task, states: list[Tensor], cond: Any, gradient: Tensor) -
     for index in reversed(range(len(cond.timesteps))):
         task.poll()
         task.spent.denoiser_gradients += len(gradient)
-        with torch.enable_grad():
-            x = states[index].detach().requires_grad_()
-            v = task.policy.velocity(x, cond.timesteps[index], cond)
-            (gradient,) = torch.autograd.grad(stepped(task, index, cond, x, v), x, gradient)
+
+        def step(x: Tensor, own: Any, index: int = index) -> Tensor:
+            return stepped(task, index, own, x, task.policy.velocity(x, cond.timesteps[index], own))
+
+        gradient = pulled_back(step, states[index], cond, gradient)
     return gradient
 
 
@@ -191,20 +204,4 @@ def require_steppable(cond: Any) -> None:
         raise RecipeError(
             "this pipeline puts known parts (a mask, given frames) into the latents after every step of its loop, and "
             "noise optimisation takes its steps without the loop; use method='best_of_n' or 'search'"
-        )
-
-
-def require_finite(gradient: Tensor, iteration: int, cond: Any) -> None:
-    """Raise where a sample's gradient is not finite.
-
-    Raises:
-        AlignkitError: names the prompt, the iteration and the usual cause.
-    """
-    broken = ~rearrange(gradient, "p ... -> p (...)").isfinite().all(dim=1)
-    if bool(broken.any()):
-        prompt = cond.prompts[int(broken.nonzero()[0, 0])]
-        raise AlignkitError(
-            f"the gradient of the first noise is not finite at iteration {iteration} for prompt {prompt.id} "
-            f"{str(prompt)!r}; usual causes: half precision (run the pipeline in float32 or bfloat16), or a reward "
-            "whose gradient is infinite (a square root or logarithm of 0)"
         )

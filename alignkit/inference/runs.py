@@ -5,7 +5,6 @@ A slot is one sample of every one of P prompts; several slots are denoised at on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,11 +74,6 @@ def judged(task: Task, cond: Any, group: Group, stop: int) -> tuple[Tensor, Tens
         ends.append(rearrange(rolled.x0, "(n p) ... -> n p ...", p=len(cond)))
         totals.append(rearrange(total, "(n p) -> n p", p=len(cond)))
     return torch.cat(ends), torch.cat(totals)
-
-
-def comparable(total: Tensor) -> Tensor:
-    """Totals in which a missing one (NaN) loses against all others."""
-    return torch.where(total.isnan(), -math.inf, total)
 
 
 def rows_where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from torch import Tensor
 from alignkit.errors import RecipeError
 from alignkit.flow.transition import draw_noise, renoised
 from alignkit.inference.method import Calls, Method
-from alignkit.inference.runs import Group, Slot, by_slot, comparable, judged, rendered, rows_where
-from alignkit.inference.task import Found, Task, pieces_of
+from alignkit.inference.runs import Group, Slot, by_slot, judged, rendered, rows_where
+from alignkit.inference.task import Found, Task, comparable, pieces_of
 from alignkit.policy.conditioning import Conditioning
 
 Over = Literal["noise", "paths", "drafts"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Found:
     Attributes:
         x0: (P, ...) clean latents.
         media: (P, 3, H, W) or (P, T, 3, H, W) in [0, 1].
-        scores: of the P samples.
+        scores: of the P samples; how many a reward could not score is not kept.
     """
 
     x0: torch.Tensor
@@ -35,8 +36,7 @@ class Found:
     def __getitem__(self, rows: torch.Tensor | list[int] | slice) -> Found:
         """Some of the samples."""
         parts = {name: value[rows] for name, value in self.scores.parts.items()}
-        scores = replace(self.scores, total=self.scores.total[rows], parts=parts)
-        return Found(self.x0[rows], self.media[rows], scores)
+        return Found(self.x0[rows], self.media[rows], Scores(self.scores.total[rows], parts))
 
     def to(self, device: torch.device | str) -> Found:
         """The same on another device."""
@@ -49,17 +49,21 @@ class Found:
         """The samples of all pieces, in order."""
         names = pieces[0].scores.parts
         parts = {name: torch.cat([one.scores.parts[name] for one in pieces]) for name in names}
-        failed = {n: sum(one.scores.failed.get(n, 0) for one in pieces) for n in pieces[0].scores.failed}
         total = torch.cat([one.scores.total for one in pieces])
         x0, media = (torch.cat([getattr(one, name) for one in pieces]) for name in ("x0", "media"))
-        return cls(x0, media, Scores(total, parts, failed))
+        return cls(x0, media, Scores(total, parts))
 
     def better(self, other: Found) -> Found:
         """Of each row the one with the larger total; a row without a total (NaN) never wins against one with."""
-        mine, theirs = (one.scores.total.nan_to_num(nan=-torch.inf) for one in (self, other))
+        mine, theirs = (comparable(one.scores.total) for one in (self, other))
         count = len(self)
         rows = torch.arange(count, device=mine.device)
         return Found.joined([self, other])[torch.where(theirs > mine, rows + count, rows)]
+
+
+def comparable(total: torch.Tensor) -> torch.Tensor:
+    """Totals in which a missing one (NaN) loses against all others, same shape."""
+    return torch.where(total.isnan(), -math.inf, total)
 
 
 def best(candidates: Sequence[Found]) -> Found:
@@ -71,8 +75,8 @@ def best(candidates: Sequence[Found]) -> Found:
 
 
 @dataclass
-class Spent:
-    """What has been computed so far, in samples.
+class Calls:
+    """What is computed, in samples: what one prompt will cost, or what was spent so far.
 
     Attributes:
         denoiser: steps of samples through the pipeline's denoiser, its guidance included.
@@ -90,6 +94,9 @@ class Spent:
     decode_gradients: int = 0
     rewards: int = 0
 
+    def __mul__(self, count: int) -> Calls:
+        return Calls(**{name: value * count for name, value in asdict(self).items()})
+
 
 @dataclass
 class Task:
@@ -100,6 +107,7 @@ class Task:
         num_steps: steps of a plain sample.
         budget: denoiser calls over those of one plain sample per prompt.
         batch: samples that are denoised, decoded and scored at once.
+        sigmas: (num_steps + 1,) noise levels of the sampler; None: evenly from 1 to 0.
         on_step: called before every step of the sampler; may raise to stop.
         trace: what methods noted on the way, by name.
     """
@@ -109,8 +117,9 @@ class Task:
     num_steps: int
     budget: float = 1.0
     batch: int = 16
+    sigmas: torch.Tensor | None = None
     on_step: Callable[[], None] | None = None
-    spent: Spent = field(default_factory=Spent)
+    spent: Calls = field(default_factory=Calls)
     trace: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
 
     def note(self, name: str, value: Any) -> None:

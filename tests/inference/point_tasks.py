@@ -67,3 +67,13 @@ def recorded_batches(task: Task) -> list[int]:
 
     task.policy.velocity = record
     return batches
+
+
+def decoded(pipe: Any, draw: Callable[[], Any]) -> tuple[Any, int]:
+    """What `draw` returns, and how often the last block of the pipeline's decoder ran meanwhile."""
+    ran: list[int] = []
+    hook = pipe.vae.decoder.up_blocks[-1].register_forward_pre_hook(lambda *_: ran.append(1))
+    try:
+        return draw(), len(ran)
+    finally:
+        hook.remove()

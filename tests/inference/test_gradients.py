@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import alignkit
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.flow.guidance import Strength
 from alignkit.flow.path import Path, RectifiedFlow, VariancePreserving, eps_from_velocity, x0_from_velocity
@@ -19,12 +20,19 @@ from alignkit.inference.gradients import DPS, NRG, GradientGuidance
 from alignkit.inference.guide import run
 from alignkit.inference.judges import Judges
 from alignkit.inference.method import BestOfN
-from alignkit.inference.steering import climbed, noisy_reward_steering, pulled_back, reward_gradient, smoothed_gradient
+from alignkit.inference.steering import (
+    climbed,
+    noisy_reward_steering,
+    pulled_back,
+    reward_gradient,
+    smoothed_gradient,
+)
 from alignkit.inference.task import Task
 from alignkit.types import Prompt, Step
 from recipes.mixture.noised import Linear, NoisedReward, exact
 from recipes.mixture.policy import MixturePolicy
 from recipes.mixture.world import FOUR, bimodal, quadratic
+from tests.policy.zoo import PROMPTS, ZOO, shared
 
 STEPS = 8
 
@@ -196,6 +204,17 @@ def test_draws_around_the_clean_estimate_spread_as_far_as_it_is_unsure() -> None
     assert not torch.equal(offsets[0], offsets[1])
 
 
+def test_with_normalise_the_weight_is_no_exponent_of_the_average() -> None:
+    task, step = task_of(PointsReward(swirl)), step_at(0.6, RectifiedFlow())
+    method = DPS(normalise=True, averages=3, weight=0.01)
+    changes = [replace(method, weight=w).steered(task, points(), step, w).velocity - step.velocity for w in (0.01, 2.0)]
+    assert_close(changes[0] * 200.0, changes[1])
+    x0 = x0_from_velocity(RectifiedFlow(), step.velocity, step.latents, 0.6)
+    offsets = method.offsets(RectifiedFlow(), step)
+    _, gradient = smoothed_gradient(lambda x, cond: swirl(x), x0, points(), offsets, 1.0)
+    assert_close(torch.cosine_similarity(changes[1], -gradient), torch.ones(3, dtype=torch.float64))
+
+
 def test_a_gradient_is_carried_back_through_the_clean_estimate() -> None:
     x, gradient = (torch.randn(3, 2, generator=torch.Generator().manual_seed(i)) for i in range(2))
     own = x.clone().requires_grad_()
@@ -281,9 +300,32 @@ def test_a_budget_that_pays_no_sample_is_refused_with_one_that_does() -> None:
     DPS(through="denoiser").check(task_of(budget=2.0))
 
 
-def test_weights_of_0_leave_nothing_to_follow() -> None:
-    with pytest.raises(RecipeError, match="all rewards have weight 0"):
-        NRG().check(task_of({TILT: 0.0}))
+def test_a_grid_that_begins_below_noise_has_one_guided_step_more_to_pay() -> None:
+    method, low = DPS(through="denoiser"), torch.linspace(0.99, 0.0, 5)
+    method.check(task_of(budget=1.75, steps=4))
+    with pytest.raises(RecipeError, match=r"costs 2\.00 plain ones.*give budget=2"):
+        method.check(replace(task_of(budget=1.75, steps=4), sigmas=low))
+    task = task_of(budget=1.75, steps=4)
+    cond = replace(task.policy.condition(["p"], 4), sigmas=low)
+    with pytest.raises(RecipeError, match=r"budget=1\.75 does not pay"):
+        method.draw(task, cond, [torch.Generator()])
+    assert task.spent.denoiser == 0
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_budget_is_held_on_grids_that_begin_below_noise(name: str) -> None:
+    method = DPS(through="denoiser", weight=0.01)
+    options: dict[str, Any] = {"num_steps": 4, **ZOO[name].call}
+    with pytest.raises(RecipeError, match="does not pay"):
+        alignkit.guide(shared(name), PROMPTS, "brightness", method, 1.75, **options)
+    out = alignkit.guide(shared(name), PROMPTS, "brightness", method, 2.0, **options)
+    assert out.trace["budget_used"] == 2.0
+
+
+@pytest.mark.parametrize("method", [NRG(), DPS()], ids=str)
+def test_weights_of_0_leave_nothing_to_follow(method: GradientGuidance) -> None:
+    with pytest.raises(RecipeError, match=f"all rewards have weight 0, so '{method.name}'"):
+        method.check(task_of({TILT: 0.0}))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import alignkit
 from alignkit.errors import AlignkitError, RecipeError
 from alignkit.flow.path import RectifiedFlow, VariancePreserving
 from alignkit.flow.plan import full
@@ -25,6 +26,8 @@ from alignkit.inference.task import Task, streams
 from alignkit.types import Prompt
 from recipes.mixture.policy import MixturePolicy
 from recipes.mixture.world import FOUR, PointReward, bimodal, quadratic
+from tests.inference.point_tasks import decoded
+from tests.policy.zoo import PROMPTS, ZOO, shared
 
 STEPS = 12
 
@@ -182,6 +185,26 @@ def test_gradients_of_one_sample_at_a_time_change_nothing() -> None:
     assert_close(whole, single, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("through", ["x0", "denoiser"])
+def test_das_that_computes_activations_again_draws_the_same(through: Any) -> None:
+    pipe, outs, ran = shared("sd3"), [], []
+    for again in (False, True):
+        method = DAS(strength=100.0, through=through, checkpointing=again)
+        options: dict[str, Any] = {"num_steps": 4, "progress": False, **ZOO["sd3"].call}
+        draw = partial(alignkit.guide, pipe, PROMPTS, "brightness", method, 4.0, **options)
+        out, count = decoded(pipe, draw)
+        outs.append(out.latents)
+        ran.append(count)
+    assert_close(outs[0], outs[1])
+    assert ran[1] == ran[0] + 2  # the two steps whose mean is shifted
+    assert not pipe.vae.is_gradient_checkpointing and not pipe.transformer.is_gradient_checkpointing
+
+
+def test_das_refuses_to_compute_again_what_cannot() -> None:
+    with pytest.raises(RecipeError, match="gradient_batch=1"):
+        drawn(DAS(checkpointing=True), task_of(Smooth(), 4), 1)
+
+
 def test_copies_stay_within_their_prompt() -> None:
     """A reward that only one prompt can have would draw all particles to it if rows were exchanged across prompts."""
     task = task_of(Smooth(), 3, steps=4)
@@ -299,5 +322,5 @@ def test_runs_that_cannot_work_are_refused() -> None:
         FK().check(task_of(Smooth(), 4, steps=1))
     with pytest.raises(RecipeError, match="budget=2"):
         DAS(through="denoiser").check(task_of(Smooth(), 1))
-    with pytest.raises(RecipeError, match="weight 0"):
+    with pytest.raises(RecipeError, match="all rewards have weight 0, so 'fk'"):
         FK().check(Task(MixturePolicy(), Judges({Smooth(): 0.0}), 4, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,17 +18,17 @@ from alignkit.inference.guide import method_of, run
 from alignkit.inference.judges import Judges
 from alignkit.inference.reno import (
     ReNO,
-    clipped,
+    back_to_noise,
     nesterov_step,
     norm_regulariser,
-    pulled_back,
     require_steppable,
     trajectory,
 )
+from alignkit.inference.steering import shortened
 from alignkit.inference.task import Task, streams
 from alignkit.policy import Policy
 from recipes.mixture.world import Mixture, bimodal
-from tests.inference.point_tasks import STEPS, Asked, exact_policy, generators, points, task_of
+from tests.inference.point_tasks import STEPS, Asked, decoded, exact_policy, generators, points, task_of
 from tests.policy.zoo import PROMPTS, ZOO, shared
 
 
@@ -51,28 +52,29 @@ def test_the_regulariser_is_the_published_one() -> None:
     for one in z:
         norm = torch.linalg.vector_norm(one)
         literal.append(0.5 * norm**2 - (4 * 5 * 2 - 1) * torch.log(norm))
-    assert_close(norm_regulariser(z), torch.stack(literal))
+    assert_close(norm_regulariser(z, torch.ones_like(z, dtype=torch.bool)), torch.stack(literal))
 
 
 def test_the_regulariser_is_least_on_the_sphere_of_gaussian_noise_and_is_minus_the_log_density_of_its_length() -> None:
     direction = torch.nn.functional.normalize(torch.ones(1, 65, dtype=torch.float64))
     z = (8.0 * direction).requires_grad_()
-    (gradient,) = torch.autograd.grad(norm_regulariser(z).sum(), z)
+    (gradient,) = torch.autograd.grad(norm_regulariser(z, z > 0).sum(), z)
     assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
     lengths = torch.tensor([6.0, 8.0, 9.0], dtype=torch.float64)
     squared = torch.distributions.Chi2(torch.tensor(65.0, dtype=torch.float64))
     density = squared.log_prob(lengths**2) + (2 * lengths).log()
-    ours = norm_regulariser(lengths[:, None] * direction)
+    noises = lengths[:, None] * direction
+    ours = norm_regulariser(noises, noises > 0)
     assert_close(ours - ours[0], density[0] - density)
 
 
 def test_gradients_are_clipped_sample_by_sample_as_torch_does() -> None:
     gradient = torch.tensor([[3.0, 4.0], [0.03, 0.04], [0.0, 0.0]], dtype=torch.float64)
-    assert_close(clipped(gradient, 0.1), torch.tensor([[0.06, 0.08], [0.03, 0.04], [0.0, 0.0]], dtype=torch.float64))
+    assert_close(shortened(gradient, 0.1), torch.tensor([[0.06, 0.08], [0.03, 0.04], [0.0, 0.0]], dtype=torch.float64))
     parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
     parameter.grad = gradient[0].clone()
     torch.nn.utils.clip_grad_norm_([parameter], 0.1)
-    assert_close(clipped(gradient, 0.1)[0], parameter.grad, rtol=1e-6, atol=0)
+    assert_close(shortened(gradient, 0.1)[0], parameter.grad, rtol=1e-6, atol=0)
 
 
 def test_the_step_is_that_of_torchs_sgd_with_nesterov_momentum() -> None:
@@ -86,6 +88,14 @@ def test_the_step_is_that_of_torchs_sgd_with_nesterov_momentum() -> None:
         optimiser.step()
         z, buffer = nesterov_step(z, buffer, gradient, 5.0, 0.9)
     assert_close(z, theirs.detach())
+
+
+def test_the_regulariser_counts_what_is_free() -> None:
+    z = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    free = torch.ones(2, 3, 4, dtype=torch.bool)
+    free[:, 1:] = False
+    own = z[:, :1]
+    assert_close(norm_regulariser(z, free), norm_regulariser(own, torch.ones_like(own, dtype=torch.bool)))
 
 
 # points
@@ -185,6 +195,53 @@ def test_the_noise_keeps_its_length_with_the_regulariser_and_leaves_without() ->
     assert (lengths[0.0] > 2 * math.sqrt(64)).all()
 
 
+def test_positions_of_the_first_latents_that_are_given_stay_and_are_not_counted() -> None:
+    task = task_of(Asked(lambda x: x.sum(1)), budget=4.0)
+    initial, velocity, entered = task.policy.initial_latents, task.policy.velocity, []
+
+    def given(cond: Any, rng: Any) -> Tensor:
+        z = initial(cond, rng)
+        z[:, 1] = 0.25
+        return z
+
+    def watched(x: Tensor, t: Any, cond: Any = None) -> Tensor:
+        if float(t) == 1.0:
+            entered.append(x.detach())
+        return velocity(x, t, cond)
+
+    task.policy.initial_latents, task.policy.velocity = given, watched
+    out = run(ReNO(lr=2.0), task, points(task, 3), generators(3))
+    assert all(torch.equal(x[:, 1], torch.full((3,), 0.25)) for x in entered)
+    assert bool((entered[-1][:, 0] != entered[0][:, 0]).all())
+    assert_close(torch.tensor(out.trace["noise_norm"][0]), entered[0][:, 0].abs())
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_one_sample_at_a_time_gives_the_same_samples(checkpoint: bool) -> None:
+    reward = Asked(smooth)
+    one, task = drawn(ReNO(gradient_batch=1, checkpoint=checkpoint), reward, budget=5.0)
+    every, other = drawn(ReNO(checkpoint=checkpoint), budget=5.0)
+    assert reward.batches[:16] == [1] * 16
+    assert_close(one.latents, every.latents)
+    assert task.spent == other.spent
+
+
+def test_a_sample_without_a_reward_moves_on_by_its_length_and_loses() -> None:
+    def right(x: Tensor) -> Any:
+        return [smooth(own[None])[0] if float(own[0].detach()) > 0 else None for own in x]
+
+    out, _ = drawn(ReNO(), Asked(right), budget=4.0, prompts=8)
+    rewards = torch.tensor(out.trace["reward"])
+    assert bool(rewards.isnan().any())
+    best = torch.where(rewards.isnan(), -math.inf, rewards).amax(0)
+    assert_close(out.rewards, torch.where(best == -math.inf, math.nan, best), equal_nan=True)
+
+
+def test_weights_of_0_leave_nothing_to_follow() -> None:
+    with pytest.raises(RecipeError, match="all rewards have weight 0, so 'reno'"):
+        ReNO().check(task_of({Asked(smooth): 0.0}))
+
+
 def test_many_steps_are_noted() -> None:
     few, _ = drawn(ReNO(), budget=1.0, num_steps=4)
     many, _ = drawn(ReNO(), budget=1.0, num_steps=5)
@@ -200,12 +257,14 @@ def test_a_gradient_that_is_not_finite_stops_and_names_iteration_and_prompt() ->
     def rooted(x: Tensor) -> Tensor:
         return (x[:, 0] - x[:, 0].detach()).sqrt()
 
-    with pytest.raises(AlignkitError, match=r"not finite at iteration 1 for prompt 0 'p0'"):
+    with pytest.raises(AlignkitError, match=r"not finite at iteration 1, prompt 0 'p0'"):
         drawn(ReNO(), Asked(rooted))
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"lr": 0.0}, {"clip": -1.0}, {"momentum": 1.0}, {"regularity": -0.1}, {"lr": math.nan}], ids=str
+    "wrong",
+    [{"lr": 0.0}, {"clip": -1.0}, {"momentum": 1.0}, {"regularity": -0.1}, {"lr": math.nan}, {"gradient_batch": 0}],
+    ids=str,
 )
 def test_impossible_values_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=f"{next(iter(wrong))}="):
@@ -239,19 +298,23 @@ def test_the_steps_taken_with_gradients_are_the_pipelines_run(name: str, num_ste
         states = [x.detach() for x in trajectory(task, z.detach(), cond)]
         end = states[-1].requires_grad_()
         (last,) = torch.autograd.grad(policy.decode(end, cond).square().sum(), end)
-        assert_close(pulled_back(task, states, cond, last), gradient)
+        assert_close(back_to_noise(task, states, cond, last), gradient)
     assert gradient.isfinite().all() and (gradient.flatten(1).norm(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_a_few_step_pipeline_becomes_brighter_and_is_the_same_without_checkpointing(num_steps: int) -> None:
-    outs = []
+    outs, ran = [], []
     with Policy(shared("sd3")) as policy:
         cond = policy.condition(list(PROMPTS), num_steps=num_steps, **ZOO["sd3"].call, guidance_scale=4.0)
         for keep in (True, False):
             task = pipeline_task(policy, {"brightness": 100.0}, 6.0, num_steps)
-            outs.append(run(ReNO(checkpoint=keep), task, cond, generators(2)))
+            out, count = decoded(policy.pipe, partial(run, ReNO(checkpoint=keep), task, cond, generators(2)))
+            outs.append(out)
+            ran.append(count)
     assert_close(outs[0].latents, outs[1].latents)
+    assert ran[0] == ran[1] + 5  # the iterations with a gradient compute the decoder's activations again
+    assert not policy.pipe.vae.is_gradient_checkpointing
     rewards = torch.tensor(outs[0].trace["reward"])
     assert (rewards[-1] > rewards[0]).all()
     assert_close(outs[0].rewards, rewards.amax(0))

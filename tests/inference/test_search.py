@@ -16,7 +16,7 @@ from alignkit.flow.plan import deterministic
 from alignkit.inference.guide import method_of, run
 from alignkit.inference.judges import Judges
 from alignkit.inference.method import BestOfN
-from alignkit.inference.runs import Group, by_slot, comparable, judged, rendered
+from alignkit.inference.runs import Group, by_slot, judged, rendered
 from alignkit.inference.search import (
     Search,
     Stretch,
@@ -30,7 +30,7 @@ from alignkit.inference.search import (
     top,
     with_steps,
 )
-from alignkit.inference.task import Task, streams
+from alignkit.inference.task import Task, comparable, streams
 from alignkit.policy import Policy
 from recipes.mixture.world import bimodal
 from tests.inference.point_tasks import STEPS, Asked, exact_policy, generators, points, recorded_batches, task_of
