@@ -9,7 +9,7 @@ import torch
 
 from alignkit.errors import RecipeError
 from alignkit.rewards import Weighted
-from alignkit.rewards.base import BrokenContract, NoiseAware, ScoresGroups
+from alignkit.rewards.base import BrokenContract, NoiseAware, RewardFailure, ScoresGroups
 from alignkit.types import Scores
 
 Spec = str | Callable[..., Any]
@@ -122,6 +122,13 @@ class Judges:
                 raise BrokenContract(
                     f"noise-aware reward {name!r} returned {tuple(value.shape)} for {len(latents)} samples; expected "
                     f"{tuple(total.shape)}"
+                )
+            if not bool(value.detach().isfinite().all()):
+                row = int((~value.detach().isfinite()).nonzero()[0])
+                raise RewardFailure(
+                    f"noise-aware reward {name!r} returned {float(value[row])} at noise level {float(level[row]):.3f} "
+                    f"for prompt {str(cond.prompts[row])!r}; expected a finite number: load it in float32 or bfloat16, "
+                    "or keep to the noise levels that it was trained on"
                 )
             total = total + self.weights[name] * value
         return total

@@ -213,7 +213,7 @@ def evaluate(reward: Reward, media: torch.Tensor, prompts: Sequence[str]) -> Eva
     with unchanged(reward.name, media):
         raw = _answer(reward, media, known)
     evaluation = to_evaluation(raw, reward.name, len(known), media.device)
-    if wants_gradient and not evaluation.scores.requires_grad:
+    if wants_gradient and not evaluation.scores.requires_grad and bool(evaluation.applicable.any()):
         raise BrokenContract(
             f"reward {reward.name!r} says differentiable=True but its scores carry no gradient: it detaches, "
             "rounds, or leaves torch on the way. Keep every operation in torch or set differentiable=False"

@@ -91,6 +91,15 @@ def test_a_noise_aware_function_scores_the_clean_latents() -> None:
     torch.testing.assert_close(out.rewards, small(out.latents, torch.zeros(2), None))
 
 
+def test_a_noise_aware_reward_that_fails_stops_the_run_and_names_the_prompt() -> None:
+    def broken(latents: torch.Tensor, sigma: torch.Tensor, cond: Any) -> torch.Tensor:
+        return torch.where(sigma > 0.9, 1.0, float("nan")) * latents.flatten(1).mean(dim=1)
+
+    broken.noise_aware = True  # type: ignore[attr-defined]
+    with pytest.raises(alignkit.RewardError, match="'broken' returned nan at noise level .* 'a red cat'"):
+        alignkit.guide(shared("sd3"), PROMPTS, {broken: 1.0}, "nrg", **CALL)
+
+
 def test_a_lora_that_the_pipeline_has_loaded_is_sampled_with(tmp_path: Path) -> None:
     pipe = ZOO["sd3"].build()
     before = alignkit.guide(pipe, PROMPTS, "brightness", budget=1, rng=rng(), **CALL)
