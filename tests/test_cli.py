@@ -427,6 +427,9 @@ def test_the_plan_of_guided_samples_loads_and_writes_nothing(here: Path, capsys:
         (["--guide", "best_of_n", "--reward", "brightnes"], "did you mean 'brightness'"),
         (["--guide", "best_of_n", "--reward", "brightness", "--budget", "0.5"], "budget=0.5"),
         (["--guide", "best_of_n", "--reward", "brightness", "--batch", "0"], "--batch 0 must be at least 1"),
+        (["--guide", "nrg", "--reward", "brightness", "--plan"], "'nrg' asks its rewards about noised latents"),
+        (["--guide", "dps", "--reward", "ocr", "--plan"], "ocr gives none"),
+        (["--guide", 'fk(noise="a")', "--reward", "ocr", "--plan"], "noise='a'"),
     ],
 )
 def test_what_does_not_guide_is_refused_before_anything_is_loaded(

@@ -79,6 +79,8 @@ def _guided(args: argparse.Namespace, call: dict[str, Any], loras: list[tuple[st
 
     judges = Judges(comparing.weighted_specs(args.reward), args.judge)
     compared = comparing.contenders(args.guide, args.budget, args.steps)
+    for one in compared:
+        one.method.check_rewards(judges)
     _print_plan(args, compared)
     if args.plan:
         return 0

@@ -166,9 +166,10 @@ def compare(recipe: Comparison, folder: Path, say: Any = None) -> Path:
     record["wall_seconds"] = time.monotonic() - began
     (folder / "summary.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     samples_of(recipe, drawn, prompts).save(folder / "samples.png")
-    absent = [m for m in (*recipe.shown, *(recipe.frontier or ())) if m not in measured(record)]
+    wanted = (*recipe.shown, *(recipe.frontier or ()), *(f"{name}_exact" for name in recipe.exact))
+    absent = [measure for measure in dict.fromkeys(wanted) if measure not in measured(record)]
     if absent:
-        say(f"not in the picture, as it was not measured: {', '.join(absent)}; there are {', '.join(measured(record))}")
+        say(f"asked for and not measured: {', '.join(absent)}; there are {', '.join(measured(record))}")
     say(table(record))
     say(f"report: {write(folder)}")
     return folder
@@ -263,7 +264,7 @@ def differences(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Ten
 def per_prompt(recipe: Comparison, one: Drawn) -> dict[str, torch.Tensor]:
     """(P,) of every measure, averaged over seeds."""
     found = {name: value.double().nanmean(dim=0) for name, value in one.parts.items()}
-    full = {name: one.parts[name].double() for name in recipe.exact}
+    full = {name: one.parts[name].double() for name in recipe.exact if name in one.parts}
     marks = {name: torch.where(scores.isnan(), scores, (scores >= 1).double()) for name, scores in full.items()}
     return found | {f"{name}_exact": value.nanmean(dim=0) for name, value in marks.items()}
 
@@ -282,7 +283,8 @@ def samples_of(recipe: Comparison, drawn: Mapping[str, Drawn], prompts: list[Pro
     columns = []
     for name, one in drawn.items():
         shown = [Sample(str(prompts[i]), recipe.seeds[0], one.media[0, i]) for i in rows]
-        scores = [[f"{m} {float(one.parts[m][0, i]):.2f}" for m in recipe.exact or list(one.parts)[:2]] for i in rows]
+        named = [name for name in recipe.exact if name in one.parts] or list(one.parts)[:2]
+        scores = [[f"{name} {float(one.parts[name][0, i]):.2f}" for name in named] for i in rows]
         columns.append(Column(name, shown, scores))
     return side_by_side(columns)
 

@@ -57,7 +57,8 @@ def table(record: Mapping[str, Any]) -> str:
     """The rows as Markdown, below a sentence that says what they are."""
     head, *rest = rows_of(record)
     lines = [head, ["---"] * len(head), *rest]
-    return "\n".join([sentence(record), "", *(f"| {' | '.join(row)} |" for row in lines)])
+    safe = [[cell.replace("|", "\\|") for cell in row] for row in lines]
+    return "\n".join([sentence(record), "", *(f"| {' | '.join(row)} |" for row in safe)])
 
 
 def rows_of(record: Mapping[str, Any]) -> list[list[str]]:
@@ -118,17 +119,22 @@ def _differences(axes: Axes, arms: Mapping[str, Any], measure: str, names: bool)
         sure = interval["low"] > 0 or interval["high"] < 0
         colour = ("C2" if value > base else "C3") if sure else "C7"
         axes.errorbar(value, place, xerr=ends, fmt="o", color=colour, capsize=3)
-    axes.set_yticks(range(len(arms)), list(arms) if names else [""] * len(arms))
+    axes.set_yticks(range(len(arms)), [plain(name) for name in arms] if names else [""] * len(arms))
     axes.invert_yaxis()
-    axes.set_title(measure, fontsize=10)
+    axes.set_title(plain(measure), fontsize=10)
     axes.grid(axis="x", alpha=0.3)
 
 
 def _frontier(axes: Axes, arms: Mapping[str, Any], pair: tuple[str, str]) -> None:
     for number, (name, arm) in enumerate(arms.items()):
         across, up = (arm["measures"][measure] for measure in pair)
-        axes.plot(across, up, "osD^v"[number // 10 % 5], color=f"C{number % 10}", label=name)
-        axes.annotate(name, (across, up), fontsize=7, xytext=(4, 3), textcoords="offset points")
-    axes.set_xlabel(pair[0])
-    axes.set_ylabel(pair[1])
+        axes.plot(across, up, "osD^v"[number // 10 % 5], color=f"C{number % 10}", label=plain(name))
+        axes.annotate(plain(name), (across, up), fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axes.set_xlabel(plain(pair[0]))
+    axes.set_ylabel(plain(pair[1]))
     axes.grid(alpha=0.3)
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib does not read as mathematics."""
+    return text.replace("$", r"\$")

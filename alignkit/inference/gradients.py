@@ -24,6 +24,7 @@ from alignkit.errors import RecipeError
 from alignkit.flow.guidance import Schedule, Strength, posterior_std, with_x0_change
 from alignkit.flow.path import Path, expand_to, x0_from_velocity
 from alignkit.flow.transition import draw_noise
+from alignkit.inference.judges import Judges
 from alignkit.inference.method import Calls, Method, best_of, one_of
 from alignkit.inference.saving import recomputing
 from alignkit.inference.steering import (
@@ -70,9 +71,8 @@ class GradientGuidance(Method):
         """How much, and when."""
         return Strength(**{field.name: vars(self)[field.name] for field in fields(Strength)})
 
-    def check(self, task: Task) -> None:
-        super().check(task)
-        task.judges.require_steering(self.name)
+    def check_rewards(self, judges: Judges) -> None:
+        judges.require_steering(self.name)
 
     def guided(self, sigmas: Tensor) -> list[int]:
         """The steps of a grid (num_steps + 1,) that are guided."""
@@ -100,15 +100,15 @@ class NRG(GradientGuidance):
 
     name: ClassVar[str] = "nrg"
 
-    def check(self, task: Task) -> None:
-        super().check(task)
-        blind = [name for name in task.judges.steering if name not in task.judges.noisy]
+    def check_rewards(self, judges: Judges) -> None:
+        super().check_rewards(judges)
+        blind = [name for name in judges.steering if name not in judges.noisy]
         if blind:
             dps = "'dps', which follows gradients through the predicted clean sample, or "
             raise RecipeError(
                 f"method 'nrg' asks its rewards about noised latents at every step, and {', '.join(blind)} knows only "
                 "finished samples: what it says of noise misleads. Use method="
-                f"{dps if task.judges.differentiable else ''}'fk' or 'best_of_n', which take any reward; or train a "
+                f"{dps if judges.differentiable else ''}'fk' or 'best_of_n', which take any reward; or train a "
                 "noise-aware reward (alignkit run sign_noisy shows how)"
             )
 
@@ -176,9 +176,11 @@ class DPS(GradientGuidance):
                 "0 <= repeat_start < repeat_stop <= 1"
             )
 
+    def check_rewards(self, judges: Judges) -> None:
+        judges.require_differentiable(self.name)
+
     def check(self, task: Task) -> None:
         super().check(task)
-        task.judges.require_differentiable(self.name)
         self.samples(_even(task.num_steps) if task.sigmas is None else task.sigmas, task.budget)
 
     def guided(self, sigmas: Tensor) -> list[int]:

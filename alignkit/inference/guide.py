@@ -159,7 +159,12 @@ def method_of(method: str | Method) -> Method:
     wrong = [option for option in options if option not in known]
     if wrong:
         raise RecipeError(f"method {name!r} has no option {wrong[0]!r}; it takes {', '.join(known) or 'none'}")
-    return made(**options)
+    try:
+        return made(**options)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"method {method!r}: an option has a value of the wrong kind ({error})") from error
 
 
 def steps_of(num_steps: int | None, call: dict[str, Any]) -> int:

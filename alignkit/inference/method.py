@@ -11,6 +11,7 @@ import torch
 
 from alignkit.errors import RecipeError
 from alignkit.flow.plan import Plan
+from alignkit.inference.judges import Judges
 from alignkit.inference.task import Calls, Found, Task, pieces_of, streams
 from alignkit.types import Steer
 
@@ -33,6 +34,13 @@ class Method:
     name: ClassVar[str]
     default_budget: ClassVar[float] = 1.0
 
+    def check_rewards(self, judges: Judges) -> None:
+        """Refuse rewards that the method cannot use; needs no model.
+
+        Raises:
+            RecipeError: names the rewards, and methods that can.
+        """
+
     def check(self, task: Task) -> None:
         """Refuse what cannot work.
 
@@ -41,6 +49,7 @@ class Method:
         """
         if not 1 <= task.budget < math.inf:
             raise RecipeError(f"budget={task.budget:g}: one plain sample per prompt costs 1; give 1 or more")
+        self.check_rewards(task.judges)
 
     def rows(self, budget: float) -> int:
         """Samples of one prompt that are denoised at the same time."""

@@ -24,6 +24,7 @@ from alignkit.flow.path import Path, VariancePreserving
 from alignkit.flow.plan import Plan, full
 from alignkit.flow.transition import Noise
 from alignkit.inference.cloud import Cloud, DASRun, FKRun, Pick, Run, chosen
+from alignkit.inference.judges import Judges
 from alignkit.inference.method import Calls, Method, one_of
 from alignkit.inference.saving import recomputing
 from alignkit.inference.steering import Through
@@ -57,12 +58,17 @@ class Particles(Method):
     def __post_init__(self) -> None:
         for name, known in (("resampling", tuple(RESAMPLINGS)), ("pick", get_args(Pick))):
             one_of(name, vars(self)[name], known)
+        if not isinstance(self.noise, Noise | float | int | None):
+            raise RecipeError(f"noise={self.noise!r}; expected a Noise, its level as a number, or None")
         if not (math.isfinite(self.strength) and self.strength >= 0):
             raise RecipeError(
                 f"strength={self.strength} must be a number of at least 0; to lower a reward, give it a negative weight"
             )
         if not 0 <= self.ess <= 1:
             raise RecipeError(f"ess={self.ess} is a share of the particles: expected 0 (never resample) to 1 (always)")
+
+    def check_rewards(self, judges: Judges) -> None:
+        judges.require_steering(self.name)
 
     def check(self, task: Task) -> None:
         super().check(task)
@@ -76,7 +82,6 @@ class Particles(Method):
                 f"{self.name!r} needs at least 2 steps, the last of which adds no noise; given "
                 f"num_steps={task.num_steps}; method='best_of_n' works with one"
             )
-        task.judges.require_steering(self.name)
 
     def rows(self, budget: float) -> int:
         return int(budget)
@@ -198,9 +203,11 @@ class DAS(Particles):
             if value is not None and not value > 0:
                 raise RecipeError(f"{name}={value} must be above 0, or None")
 
+    def check_rewards(self, judges: Judges) -> None:
+        judges.require_differentiable(self.name)
+
     def check(self, task: Task) -> None:
         super().check(task)
-        task.judges.require_differentiable(self.name)
         if self.count(task.num_steps, task.budget) < 1:
             raise RecipeError(
                 f"budget={task.budget:g} pays no particle: through='denoiser' costs nearly twice a plain "

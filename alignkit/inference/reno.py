@@ -24,6 +24,7 @@ from torch import Tensor
 from alignkit.errors import RecipeError
 from alignkit.flow.guidance import norms
 from alignkit.flow.transition import ODE
+from alignkit.inference.judges import Judges
 from alignkit.inference.method import Calls, Method
 from alignkit.inference.runs import rows_where
 from alignkit.inference.saving import recomputable
@@ -74,10 +75,9 @@ class ReNO(Method):
         if not self.regularity >= 0.0:
             raise RecipeError(f"regularity={self.regularity} must be at least 0; published: 0.01")
 
-    def check(self, task: Task) -> None:
+    def check_rewards(self, judges: Judges) -> None:
         """Raises RecipeError where a reward gives no gradient."""
-        super().check(task)
-        task.judges.require_differentiable(self.name)
+        judges.require_differentiable(self.name)
 
     def calls(self, num_steps: int, budget: float) -> Calls:
         """What one prompt costs; the last iterate needs no gradient, and the best one is decoded once more."""

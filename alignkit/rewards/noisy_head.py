@@ -163,8 +163,10 @@ class NoisyScorer(nn.Module):
                 f"this head reads the blocks of {config.pipeline}, and the generator is a {own}; blocks of another "
                 "model say nothing to it. Train one on this generator (recipes/sign_noisy.py shows how)"
             )
-        blocks = policy.first_blocks(config.depth).requires_grad_(True) if config.blocks == "own" else None
-        return cls(config, blocks)
+        if config.blocks == "shared":
+            return cls(config, None)
+        with policy.reference():
+            return cls(config, policy.first_blocks(config.depth).requires_grad_(True))
 
     def scores(self, policy: ShowsFeatures, latents: torch.Tensor, sigma: torch.Tensor, cond: Any) -> torch.Tensor:
         """(B, D) of latents (B, ...) at noise levels (B,); gradients flow to the latents. The blocks are the
@@ -190,15 +192,17 @@ class NoisyScorer(nn.Module):
 
     def once(self, policy: ShowsFeatures, latents: torch.Tensor, sigma: torch.Tensor, cond: Any) -> torch.Tensor:
         """`scores`, not computed again for the same latents: several dimensions share one forward, and one graph.
-        After a backward through it, the next call begins anew."""
-        asked = Recent.of(policy, latents, sigma, cond)
-        if self._recent is None or not self._recent.answers(asked):
-            found = self.scores(policy, latents, sigma, cond)
-            self._recent = dataclasses.replace(asked, scores=found)
-            if found.requires_grad:
-                found.register_hook(self._spent)
-        assert self._recent.scores is not None
-        return self._recent.scores
+        After a backward through it, the next call begins anew: sum dimensions before you differentiate."""
+        if latents.is_inference():  # such tensors count no versions
+            return self.scores(policy, latents, sigma, cond)
+        asked, recent = Recent.of(policy, latents, sigma, cond), self._recent
+        if recent is not None and recent.scores is not None and recent.answers(asked):
+            return recent.scores
+        found = self.scores(policy, latents, sigma, cond)
+        self._recent = dataclasses.replace(asked, scores=found)
+        if found.requires_grad:
+            found.register_hook(self._spent)
+        return found
 
     def _spent(self, gradient: torch.Tensor) -> None:
         self._recent = None
@@ -249,7 +253,7 @@ class Recent:
 
     @classmethod
     def of(cls, policy: Any, latents: torch.Tensor, sigma: torch.Tensor, cond: Any) -> Recent:
-        grad = torch.is_grad_enabled()
+        grad = torch.is_grad_enabled() and latents.requires_grad
         return cls(weakref.ref(policy), weakref.ref(latents), latents._version, cond, sigma.detach().clone(), grad)
 
     def answers(self, asked: Recent) -> bool:

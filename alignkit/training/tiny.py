@@ -58,7 +58,8 @@ def tiny(recipe: AnyRecipe, out: Path) -> AnyRecipe:
     if isinstance(recipe, RewardModel):
         return dataclasses.replace(recipe, steps=2, batch=2, eval_every=1, time_limit=None)
     if isinstance(recipe, Comparison):  # noise-aware rewards fit one model only, so it keeps its own
-        return dataclasses.replace(recipe, limit=2, seeds=recipe.seeds[:1], num_steps=2)
+        arms = {name: dataclasses.replace(arm, num_steps=None) for name, arm in recipe.arms.items()}
+        return dataclasses.replace(recipe, limit=2, seeds=recipe.seeds[:1], num_steps=2, arms=arms)
     pipeline = write_model(recipe.model, out / "model")
     rewards = {tiny_reward(spec, out / "rewards"): weight for spec, weight in recipe.rewards.items()}
     judges = tuple(tiny_reward(judge, out / "rewards") for judge in recipe.judges)

@@ -144,6 +144,14 @@ def test_a_score_that_is_not_there_is_neither_exact_nor_wrong(recipe: Comparison
     assert "&lt;b&gt;" in page and "<b>" not in page
 
 
+def test_names_with_signs_of_mathematics_and_tables_are_shown_as_they_are(recipe: Comparison, tmp_path: Path) -> None:
+    drawn = comparison.Drawn(torch.rand(1, 3, 3, 4, 4), {"$r$": torch.rand(1, 3)}, 1.0, {"head": 0.0}, 0.1)
+    odd = replace(recipe, exact=("orc",), seeds=(0,), arms={"a": Arm(), r"$\x$ | b": Arm()})
+    record = comparison.summary(odd, dict.fromkeys(odd.arms, drawn), load_prompts(recipe.prompts))
+    picture(record, (), ("$r$", "$r$"), tmp_path / "picture.png")
+    assert r"| $\x$ \| b |" in table(record) and set(record["arms"]["a"]["measures"]) == {"$r$"}
+
+
 def test_prompts_of_the_file_are_cut_to_the_limit(recipe: Comparison, folder: Path) -> None:
     assert len(load_prompts(folder / "prompts.txt")) == 3
     assert planning.plan(replace(recipe, limit=2))["prompts"] == 2

@@ -119,6 +119,8 @@ def test_a_lora_that_the_pipeline_has_loaded_is_sampled_with(tmp_path: Path) -> 
     [
         ({"method": "best_of_m"}, "nearest: 'best_of_n'"),
         ({"method": "best_of_n(count=3)"}, "has no option 'count'"),
+        ({"method": 'fk(noise="a")'}, "noise='a'"),
+        ({"method": 'nrg(weight="a")'}, "wrong kind"),
         ({"budget": 0.5}, "costs 1"),
         ({"budget": float("nan")}, "costs 1"),
         ({"rewards": 'win_rate(judge="pair_judge(server=\\"http://127.0.0.1:9\\")")'}, "compares samples"),

@@ -42,11 +42,11 @@ def recipe():
 
 
 def kinds() -> dict[str, list[str]]:
-    """Names by what they score; a reward made of others scores images by default."""
+    """Names by what they score; a reward made of others scores images by default. One that guides scores none."""
     records = {name: record_of(name)["kind"] for name in TABLE}
     video = [name for name, kind in records.items() if kind == "video"]
     absent = [] if available() else ["tesseract"]
-    return {"video": video, "image": [name for name in TABLE if name not in [*video, *absent]]}
+    return {"video": video, "image": [name for name in TABLE if name not in [*video, *absent, "noise_aware"]]}
 
 
 def written(folder: Path, model: str, call: dict[str, Any], names: list[str], columns: dict[str, Any]) -> Path:
