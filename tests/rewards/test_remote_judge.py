@@ -253,10 +253,10 @@ def test_a_connection_that_is_closed_half_way_is_tried_again_and_then_an_error(b
         def hang_up() -> None:
             for _ in range(2):
                 connection, _ = listener.accept()
+                accepted.append(1)
                 connection.recv(65536)
                 connection.sendall(begins)
                 connection.close()
-                accepted.append(1)
 
         threading.Thread(target=hang_up, daemon=True).start()
         server = JSONServer(f"http://127.0.0.1:{listener.getsockname()[1]}", bounds=Bounds(retries=1, first_wait=0.01))
