@@ -12,9 +12,11 @@ Every contender's samples of every seed are kept as they come: a run that was st
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from alignkit.inference.guide import guide, method_of
 from alignkit.inference.method import Calls
 from alignkit.inference.sampling import Sample, add_loras, open_pipeline, parse_lora
 from alignkit.inference.side_by_side import Column, side_by_side
+from alignkit.policy import Policy
+from alignkit.rewards import Reward, load
 from alignkit.shipped import resolved
 from alignkit.types import Prompt
 
@@ -161,7 +165,10 @@ def compare(recipe: Comparison, folder: Path, say: Any = None) -> Path:
     prompts = load_prompts(resolved(recipe.prompts))[: recipe.limit]
     if len(prompts) < 2:
         raise RecipeError(f"{len(prompts)} prompts of {recipe.prompts}; intervals over prompts need at least 2")
-    drawn = {name: draw(recipe, name, prompts, folder / "arms", say) for name in recipe.arms}
+    with ExitStack() as stack:
+        policy = functools.cache(lambda: stack.enter_context(opened(recipe)))  # not at all where nothing is missing
+        reward = functools.cache(load)
+        drawn = {name: draw(recipe, name, prompts, folder / "arms", policy, reward, say) for name in recipe.arms}
     record = summary(recipe, drawn, prompts)
     record["wall_seconds"] = time.monotonic() - began
     (folder / "summary.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -175,40 +182,61 @@ def compare(recipe: Comparison, folder: Path, say: Any = None) -> Path:
     return folder
 
 
-def draw(recipe: Comparison, name: str, prompts: list[Prompt], folder: Path, say: Any) -> Drawn:
-    """One arm's samples of all seeds, from disk where they are there."""
+def opened(recipe: Comparison) -> Policy:
+    """The pipeline with its LoRA files, ready to be sampled."""
+    pipe = open_pipeline(resolved(recipe.model))
+    add_loras(pipe, [parse_lora(text) for text in recipe.lora])
+    return Policy(pipe)
+
+
+def draw(
+    recipe: Comparison,
+    name: str,
+    prompts: list[Prompt],
+    folder: Path,
+    policy: Callable[[], Policy],
+    reward: Callable[[str], Reward],
+    say: Any,
+) -> Drawn:
+    """One arm's samples of all seeds, from disk where they are there.
+
+    Args:
+        policy, reward: give what all arms share; asked only where something is missing.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{slug(name)}-seed{seed}.safetensors" for seed in recipe.seeds]
     missing = [(seed, file) for seed, file in zip(recipe.seeds, files, strict=True) if not file.is_file()]
-    if missing:
-        pipe = open_pipeline(resolved(recipe.model))
-        add_loras(pipe, [parse_lora(text) for text in recipe.lora])
-        for seed, file in missing:
-            tensors, numbers = sampled(recipe, recipe.arms[name], pipe, prompts, seed)
-            aside = file.with_suffix(".tmp")
-            save_file(tensors, aside, metadata={"numbers": json.dumps(numbers)})
-            aside.replace(file)
-            say(f"{name}, seed {seed}: {numbers['seconds']:.1f} s")
+    for seed, file in missing:
+        tensors, numbers = sampled(recipe, recipe.arms[name], policy(), reward, prompts, seed)
+        aside = file.with_suffix(".tmp")
+        save_file(tensors, aside, metadata={"numbers": json.dumps(numbers)})
+        aside.replace(file)
+        say(f"{name}, seed {seed}: {numbers['seconds']:.2f} s per sample")
     return read(files)
 
 
 def sampled(
-    recipe: Comparison, arm: Arm, pipe: Any, prompts: list[Prompt], seed: int
+    recipe: Comparison,
+    arm: Arm,
+    policy: Policy,
+    reward: Callable[[str], Reward],
+    prompts: list[Prompt],
+    seed: int,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """One arm and seed: media (P, ...) uint8 and the parts (P,), and what it took."""
     steps = arm.num_steps or recipe.num_steps
     steers = dict(arm.rewards or recipe.rewards)
     out = guide(
-        pipe,
+        policy,
         prompts,
-        steers,
+        {reward(spec): weight for spec, weight in steers.items()},
         arm.method,
         arm.budget,
         per_sample_generators(torch.Generator().manual_seed(seed), len(prompts)),
         num_steps=steps,
         seed=seed,
         batch=recipe.batch,
-        judges=[spec for spec in dict.fromkeys((*recipe.rewards, *recipe.judges)) if spec not in steers],
+        judges=[reward(spec) for spec in dict.fromkeys((*recipe.rewards, *recipe.judges)) if spec not in steers],
         **{**recipe.call, **arm.call},
     )
     count = len(prompts)

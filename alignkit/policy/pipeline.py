@@ -243,11 +243,18 @@ class Policy:
         return first_blocks(denoisers(self.pipe), depth)
 
     def transition(
-        self, x: torch.Tensor, index: int, cond: Conditioning, noise: Noise, mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        index: int,
+        cond: Conditioning,
+        noise: Noise,
+        mask: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
     ) -> Transition:
-        """The Gaussian of step `index` of the grid from latents `x`; the same one that `rollout` samples from."""
+        """The Gaussian of step `index` of the grid from latents `x`; the same one that `rollout` samples from, with
+        `shift` (B, ...), what steered it, added to the velocity."""
         v = self.velocity(x, cond.timesteps[index], cond)
-        return transition_at(self.driver, v, x, index, cond, noise, mask)
+        return transition_at(self.driver, v if shift is None else v + shift, x, index, cond, noise, mask)
 
     # whole runs
 

@@ -177,7 +177,7 @@ class GRPO(Shaped):
     def policy_step(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         record = batch.view
         assert isinstance(record, StepRecord)
-        now = transition_of(self, policy, batch.cond, record)
+        now = policy.transition(record.latents, record.index, batch.cond, self.noise, record.mask, record.shift)
         loss, logs = surrogate(self, now, record, batch.weights)
         loss = loss * step_weight(self, policy.path, batch.cond.sigmas, record.index)
         away, measured = self.anchored(policy, batch, record, now)
@@ -188,15 +188,6 @@ class GRPO(Shaped):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What a step costs (B,) beside the policy gradient, and (B,) numbers for the log."""
         return anchored(self, policy, batch, record, now)
-
-
-def transition_of(recipe: GRPO, policy: Policy, cond: Conditioning, record: StepRecord) -> Transition:
-    """The Gaussian of a recorded step under the weights in force; what steered the rollout is added as it was then."""
-    if record.shift is None:
-        return policy.transition(record.latents, record.index, cond, recipe.noise, record.mask)
-    v, s = policy.velocity(record.latents, cond.timesteps[record.index], cond), cond.sigmas
-    levels = float(s[record.index]), float(s[record.index + 1]), float(s[1])
-    return recipe.noise.build(policy.path, record.latents, v + record.shift, *levels, record.mask)
 
 
 def surrogate(
@@ -227,7 +218,8 @@ def anchored(
     if not held and recipe.velocity_beta == 0:
         return torch.zeros(len(now.mean), device=now.mean.device), {}
     with recipe.compared(policy), torch.no_grad():
-        reference = transition_of(recipe, policy, batch.cond, record)
+        step = (record.latents, record.index, batch.cond, recipe.noise, record.mask, record.shift)
+        reference = policy.transition(*step)
     beta: float | torch.Tensor = recipe.kl_beta if held else 0.0
     if held and recipe.kl_adaptive:
         beta = anchors.adaptive_beta(recipe.kl_beta, batch.weights, recipe.kl_adaptive)

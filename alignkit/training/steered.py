@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +57,11 @@ class Steered(Recipe):
 
     def guide_reward(self, x: torch.Tensor, sigma: torch.Tensor | float, cond: Conditioning) -> torch.Tensor:
         """(B,) R of latents x (B, ...) at noise level sigma, a number or (B,); gradients flow."""
-        return Judges(self.guide).at_level(x, sigma, cond)
+        return self._judges.at_level(x, sigma, cond)
+
+    @cached_property
+    def _judges(self) -> Judges:
+        return Judges(self.guide)
 
 
 @dataclass(frozen=True, eq=False)

@@ -203,10 +203,19 @@ class MixturePolicy:
     model_output = velocity
     prediction_at = velocity
 
-    def transition(self, x: Tensor, index: int, cond: Points, noise: Noise, mask: Tensor | None = None) -> Transition:
+    def transition(
+        self,
+        x: Tensor,
+        index: int,
+        cond: Points,
+        noise: Noise,
+        mask: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Transition:
         """The Gaussian of step `index` of the grid from `x`; the same one that `rollout` samples from."""
         s = cond.sigmas
         v = self.velocity(x, cond.timesteps[index], cond)
+        v = v if shift is None else v + shift
         return noise.build(self.path, x, v, float(s[index]), float(s[index + 1]), float(s[1]), mask)
 
     @torch.no_grad()
