@@ -1,0 +1,106 @@
+"""Stage `flow`: teach transformer and text encoder, jointly, to draw clips in the autoencoder's latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import world
+from components import build_pipeline
+from diffusers import AutoencoderKLLTXVideo, LTXPipeline
+from fitting import Schedule, fit
+from train_vae import pixels_of
+
+BATCH = 48
+DROPOUT = 0.1  # share of captions that are empty, the negative prompt of guidance
+SIGMA_LOGIT_MEAN = 0.3
+FRAME_RATE = 25  # the pipeline's default; its rotary embedding counts seconds
+# The pipeline gives its text encoder no mask, so padding changes the embeddings: both its default and a short length
+# are learnt, the short one mostly because it is twice as fast.
+TEXT_LENGTHS, LONG_SHARE = (8, 128), 0.25
+
+
+@torch.no_grad()
+def encode_dataset(pipe: LTXPipeline, seed: int, size: int) -> tuple[torch.Tensor, list[str]]:
+    """(latents (size, frames * h * w, channels), normalised and packed by the pipeline's own functions; prompts)."""
+    latents, prompts = [], []
+    for chunk in range(0, size, 64):
+        rng = np.random.default_rng([seed, 2, chunk])
+        pairs = [world.pretraining_pair(rng) for _ in range(min(64, size - chunk))]
+        z = pipe.vae.encode(pixels_of([clip for _, clip in pairs])).latent_dist.mean
+        z = pipe._normalize_latents(z, pipe.vae.latents_mean, pipe.vae.latents_std, pipe.vae.config.scaling_factor)
+        latents.append(pipe._pack_latents(z))
+        prompts += [prompt for prompt, _ in pairs]
+    return torch.cat(latents), prompts
+
+
+def tokenise(pipe: LTXPipeline, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), (B, 128) int64, padded on the right as the pipeline does; may be cut to the shorter length."""
+    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=max(TEXT_LENGTHS), return_tensors="pt")
+    return tokens.input_ids, tokens.attention_mask
+
+
+def flow_loss(
+    pipe: LTXPipeline, x0: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, rng: torch.Generator
+) -> torch.Tensor:
+    """Mean squared error of the velocity eps - x0 at logit-normal sigma. x0: (B, tokens, 16)."""
+    sigma = torch.sigmoid(torch.randn(len(x0), generator=rng) + SIGMA_LOGIT_MEAN)
+    eps = torch.randn(x0.shape, generator=rng)
+    temporal, spatial = pipe.vae_temporal_compression_ratio, pipe.vae_spatial_compression_ratio
+    velocity = pipe.transformer(
+        hidden_states=torch.lerp(x0, eps, sigma[:, None, None]),
+        encoder_hidden_states=pipe.text_encoder(ids)[0],  # the pipeline passes no mask either
+        timestep=1000 * sigma,
+        encoder_attention_mask=mask,
+        num_frames=(world.FRAMES - 1) // temporal + 1,
+        height=world.SIZE // spatial,
+        width=world.SIZE // spatial,
+        rope_interpolation_scale=(temporal / FRAME_RATE, spatial, spatial),
+        return_dict=False,
+    )[0]
+    return F.mse_loss(velocity, eps - x0)
+
+
+def save_pipeline(pipe: LTXPipeline, path: Path) -> None:
+    """Save as a float16 pipeline; `pipe` keeps its own weights."""
+    for name in ("transformer", "text_encoder", "vae"):
+        component = pipe.components[name]
+        original = {key: value.clone() for key, value in component.state_dict().items()}
+        component.half().save_pretrained(path / name)
+        component.float().load_state_dict(original)
+    # transformers loads in the dtype that the config names, diffusers in float32: without this a plain
+    # `from_pretrained` mixes the two and the first matrix product fails
+    config = path / "text_encoder" / "config.json"
+    config.write_text(config.read_text("utf-8").replace('"float16"', '"float32"'), "utf-8")
+    pipe.tokenizer.save_pretrained(path / "tokenizer")
+    pipe.scheduler.save_pretrained(path / "scheduler")
+    pipe.save_config(path)
+
+
+def train_flow(out: Path, seed: int, minutes: float, size: int) -> None:
+    """`minutes` of wall time on `size` pretraining pairs; saves `out/generator`."""
+    vae = AutoencoderKLLTXVideo.from_pretrained(out / "vae").eval().requires_grad_(False)
+    torch.manual_seed(seed)
+    pipe = build_pipeline(vae)
+    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+    torch.nn.init.zeros_(pipe.transformer.proj_out.bias)
+    latents, prompts = encode_dataset(pipe, seed, size)
+    ids, mask = tokenise(pipe, [*prompts, ""])
+    print(f"flow: {size} pairs, latent std {latents.std():.3f}", flush=True)
+
+    def loss_at(step: int, done: float) -> torch.Tensor:
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rows = torch.randint(size, (BATCH,), generator=rng)
+        captions = torch.where(torch.rand(BATCH, generator=rng) < DROPOUT, size, rows)
+        length = TEXT_LENGTHS[int(torch.rand((), generator=rng) < LONG_SHARE)]
+        return flow_loss(pipe, latents[rows], ids[captions, :length], mask[captions, :length], rng)
+
+    def save(minute: float, step: int, loss: float) -> None:
+        save_pipeline(pipe, out / "generator")
+        print(f"flow {minute:.1f} min step {step} loss {loss:.4f}", flush=True)
+
+    trained = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder])
+    schedule = Schedule(minutes, peak_lr=1.5e-3, last_lr=5e-5, warmup_steps=100, weight_decay=0.01)
+    fit(trained, loss_at, schedule, out / "flow.pt", save)

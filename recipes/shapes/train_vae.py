@@ -1,0 +1,80 @@
+"""Stage `vae`: teach the causal video autoencoder to redraw clips."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import world
+from components import build_vae
+from diffusers import AutoencoderKLLTXVideo
+from einops import rearrange
+from fitting import Schedule, fit
+
+BATCH = 24
+CROWDED = 0.5  # share of the budget in which half of a batch shows many shapes
+KL_WEIGHT = 1e-4  # against the mean squared error in [-1, 1]
+FAULTS = replace(world.PRETRAINING, jerky=0.3, flickering=0.35)  # more of what is hard to redraw
+
+
+def as_pixels(clips: list[np.ndarray]) -> torch.Tensor:
+    """(T, H, W, 3) uint8 each as (B, 3, T, H, W) in [-1, 1]."""
+    return rearrange(torch.from_numpy(np.stack(clips)), "b t h w c -> b c t h w").float() / 127.5 - 1
+
+
+def pixels_of(clips: list[world.Clip]) -> torch.Tensor:
+    """Clips as (B, 3, FRAMES, H, W) in [-1, 1]."""
+    return as_pixels([world.draw(clip) for clip in clips])
+
+
+def batch_of_clips(seed: int, step: int, size: int = BATCH, crowded: bool = False) -> torch.Tensor:
+    rng = np.random.default_rng([seed, 1, step])
+    crowds = [world.crowd(rng, FAULTS) for _ in range(size // 2 if crowded else 0)]
+    drawn = [world.draw(world.pretraining_pair(rng, FAULTS)[1]) for _ in range(size - len(crowds))]
+    return as_pixels(crowds + drawn)
+
+
+def reconstruction_loss(vae: AutoencoderKLLTXVideo, pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Squared error, the KL of the posterior, and a tenth of the absolute error, which keeps edges sharp."""
+    posterior = vae.encode(pixels).latent_dist
+    redrawn = vae.decode(posterior.sample(rng)).sample
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    return F.mse_loss(redrawn, pixels) + 0.1 * F.l1_loss(redrawn, pixels) + KL_WEIGHT * kl
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKLLTXVideo, pixels: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of reconstructions from the posterior mean."""
+    redrawn = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+    return 10 * math.log10(4 / F.mse_loss(redrawn, pixels).item())
+
+
+@torch.no_grad()
+def set_statistics(vae: AutoencoderKLLTXVideo, pixels: torch.Tensor) -> None:
+    """Note mean and deviation of each latent channel in the buffers that the pipeline normalises with."""
+    mean = vae.encode(pixels).latent_dist.mean
+    vae.latents_mean.copy_(mean.mean(dim=(0, 2, 3, 4)))
+    vae.latents_std.copy_(mean.std(dim=(0, 2, 3, 4)))
+
+
+def train_vae(out: Path, seed: int, minutes: float) -> None:
+    """Train encoder and decoder together and save `out/vae`, its latent statistics among its weights."""
+    torch.manual_seed(seed)
+    vae = build_vae()
+    unseen = batch_of_clips(seed + 1, 0, 64)
+
+    def loss_at(step: int, done: float) -> torch.Tensor:
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        return reconstruction_loss(vae, batch_of_clips(seed, step, crowded=done < CROWDED), rng)
+
+    def save(minute: float, step: int, loss: float) -> None:
+        set_statistics(vae, batch_of_clips(seed + 2, 0, 128))
+        vae.save_pretrained(out / "vae")
+        print(f"vae {minute:.1f} min step {step} loss {loss:.5f} psnr {psnr(vae, unseen):.2f}", flush=True)
+
+    schedule = Schedule(minutes, peak_lr=2e-3, constant=0.3, ema_decay=0.995)
+    fit(vae, loss_at, schedule, out / "vae.pt", save)
