@@ -8,7 +8,7 @@ from alignkit.rewards.loading import load_file
 from alignkit.shipped import path
 from alignkit.training.grpo import GRPO
 
-shared = load_file(path("recipes", "shared.py"))
+shared = load_file(path("recipes", "worlds", "shared.py"))
 
 GUIDE = {"legibility": 1.0, "colour": 0.5}
 """What methods that learn from the head on noised latents ask it for, weighted as OCR and colour are."""
