@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torchvision.transforms.functional import pil_to_tensor
 
 from alignkit.data.media import inside, load_image
+from alignkit.data.video import read_video as read_video  # its callers know it from here
 from alignkit.errors import DataError
 
 FIRST_FRAME = "000.png"
@@ -135,66 +135,6 @@ def read_image(medium: Medium) -> torch.Tensor:
         return pil_to_tensor(load_image(io.BytesIO(medium.read()))).float() / 255  # type: ignore[arg-type]
     except DataError as error:
         raise DataError(f"{medium}: {error}") from error
-
-
-def read_video(path: Path, num_frames: int | None = None) -> torch.Tensor:
-    """(T, 3, H, W) float in [0, 1] of a video file or a folder of frames.
-
-    Args:
-        num_frames: so many frames, spread evenly from the first to the last; None: all.
-
-    Raises:
-        DataError: it cannot be read; names the file.
-    """
-    if path.is_dir():
-        frames = sorted(path.glob("*.png"))
-        kept = [frames[i] for i in spread(len(frames), num_frames)]
-        return torch.stack([read_image(frame) for frame in kept])
-    if not path.is_file() or path.stat().st_size == 0:
-        raise DataError(f"{path} is {'empty' if path.is_file() else 'not there'}; expected a video file")
-    faults: list[str] = []
-    for reader in (_by_decord, _by_av):
-        try:
-            return reader(path, num_frames)
-        except ImportError as error:
-            faults.append(f"{error.name} is not installed (pip install 'alignkit[video]')")
-        except (RuntimeError, OSError, ValueError, IndexError) as error:
-            faults.append(f"{reader.__name__.removeprefix('_by_')}: {str(error).splitlines()[-1][:200]}")
-    raise DataError(f"{path} cannot be read as a video, it is damaged or in a codec that is not here: {faults}")
-
-
-def _by_decord(path: Path, num_frames: int | None) -> torch.Tensor:
-    import decord
-    from decord._ffi.base import DECORDError
-
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        frames = reader.get_batch(spread(len(reader), num_frames)).asnumpy()
-    except DECORDError as error:  # no subclass of RuntimeError
-        raise OSError(str(error)) from error
-    return rearrange(torch.from_numpy(frames), "t h w c -> t c h w").float() / 255
-
-
-def _by_av(path: Path, num_frames: int | None) -> torch.Tensor:
-    import av  # type: ignore[import-not-found]
-
-    with av.open(str(path)) as container:
-        frames = [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
-    kept = torch.stack([frames[i] for i in spread(len(frames), num_frames)])
-    return rearrange(kept, "t h w c -> t c h w").float() / 255
-
-
-def spread(available: int, wanted: int | None) -> list[int]:
-    """Indices of `wanted` of `available` frames, evenly from the first to the last; None: all.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    if wanted is None or wanted == available:
-        return list(range(available))
-    if not 0 < wanted <= available:
-        raise ValueError(f"{available} frames, expected at least {wanted}")
-    return torch.linspace(0, available - 1, wanted).round().long().tolist()
 
 
 @dataclass(frozen=True)

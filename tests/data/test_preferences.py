@@ -426,7 +426,7 @@ def test_a_folder_of_frames_is_a_video_and_is_thinned_evenly(folder: Path) -> No
     path = lines(folder / "s.jsonl", [{"prompt": "a", "video": "clip", "reward": 1.0}])
     (found,) = load_samples(path).rows
     assert found.kind == "video"
-    frames = read_video(Path(str(found.medium)), num_frames=3)
+    frames = read_video(Path(str(found.medium)), frames=3)
     torch.testing.assert_close(frames.mean(dim=(1, 2, 3)) * 255, torch.tensor([0.0, 100.0, 200.0]))
 
 
