@@ -24,6 +24,7 @@ from torch import nn
 from alignkit.errors import PolicyError, RecipeError
 from alignkit.policy.conditioning import Conditioning
 from alignkit.policy.driver import Driver
+from alignkit.policy.frames import Call, Decode, Decoding, Replace, Watched, check, cutting, numbering, picking, read
 from alignkit.policy.onestep import session_from
 from alignkit.policy.session import Session
 from alignkit.policy.standin import class_attribute
@@ -49,18 +50,62 @@ class Codec:
 
     def __init__(self, driver: Driver) -> None:
         self.driver, self.pipe = driver, driver.pipe
+        self.watched = Watched()
         self._said_bare_decode = False
 
-    def decode(self, x0: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """Media float32 in [0, 1]: (B, 3, H, W) or (B, T, 3, H, W); outside [0, 1] the gradient passes through."""
-        result = self._end(x0, cond, None, grad=torch.is_grad_enabled())
+    def decode(self, x0: torch.Tensor, cond: Conditioning, frames: int | None = None) -> torch.Tensor:
+        """Media float32 in [0, 1]: (B, 3, H, W) or (B, T, 3, H, W); outside [0, 1] the gradient passes through.
+
+        Args:
+            frames: only so many first frames, (B, frames, 3, H, W), from the fewest latents that give them.
+        """
+        replace = None if frames is None else self._replacement(x0, cond, frames)
+        media = self._media(x0, cond, replace, grad=torch.is_grad_enabled())[:, :frames]
+        return media + (media.clamp(0, 1) - media).detach()
+
+    def num_frames(self, x0: torch.Tensor, cond: Conditioning) -> int:
+        """Frames of a video that is decoded whole."""
+        found = self._decoding(x0, cond)
+        if found.rows is not None:
+            return found.rows.shape[1]
+        return self.watched.frames(self._decoder_of(found), found.calls[0])
+
+    def latent_frames(self, x0: torch.Tensor, cond: Conditioning, frames: int | None) -> int:
+        """How many leading latent frames of each video are decoded for its first `frames` frames; None: of all."""
+        found = self._decoding(x0, cond)
+        if found.rows is not None:
+            return found.rows.shape[1] if frames is None else frames
+        latents = found.calls[0].z.shape[2]
+        return latents if frames is None else self.watched.needed(self._decoder_of(found), found.calls[0], frames)
+
+    def _replacement(self, x0: torch.Tensor, cond: Conditioning, frames: int) -> Replace:
+        """Decoders that do no more than the first `frames` frames need."""
+        found = self._decoding(x0, cond)
+        if found.rows is None:
+            return cutting(self.watched.needed(self._decoder_of(found), found.calls[0], frames))
+        check(frames, found.rows.shape[1])
+        wanted = torch.zeros(found.rows.numel(), dtype=torch.bool)
+        wanted[found.rows[:, :frames].flatten()] = True
+        return picking(wanted)
+
+    def _decoding(self, x0: torch.Tensor, cond: Conditioning) -> Decoding:
+        """How the pipeline decodes such latents, from a run in which no decoder really runs."""
+        calls: list[Call] = []
+        media = self._media(x0.detach(), cond, numbering(calls), grad=False)
+        return read(calls, media, self._pipeline)
+
+    def _decoder_of(self, found: Decoding) -> nn.Module:
+        return vars(self.pipe)[found.calls[0].name]
+
+    def _media(self, x0: torch.Tensor, cond: Conditioning, replace: Replace | None, *, grad: bool) -> torch.Tensor:
+        """What the pipeline makes of `x0`, float32."""
+        result = self._end(x0, cond, replace, grad=grad)
         media = result[0] if isinstance(result, tuple | list) else result
         if isinstance(media, list):
             media = torch.stack(media)
         if not isinstance(media, torch.Tensor) or media.ndim not in (4, 5):
             raise PolicyError(f"{self._pipeline} decodes to {type(media).__name__}, not to pixels")
-        media = media.float()
-        return media + (media.clamp(0, 1) - media).detach()
+        return media.float()
 
     def encode(self, media: torch.Tensor, cond: Conditioning, like: torch.Tensor) -> torch.Tensor:
         """(B, ...) float32 latents whose decoder input is the VAE's encoding of `media`; like: (B, ...) any latents."""
@@ -101,16 +146,16 @@ class Codec:
 
     # runs
 
-    def _end(self, x0: torch.Tensor, cond: Conditioning, pretended: Decoder | None, *, grad: bool, **shape: Any) -> Any:
-        """Run the pipeline from the end of its loop on; with `pretended`, no decoder really runs."""
+    def _end(self, x0: torch.Tensor, cond: Conditioning, replace: Replace | None, *, grad: bool) -> Any:
+        """Run the pipeline from the end of its loop on, with `replace` in place of its decoders."""
 
         def on_step(index: int, output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return x0.to(sample), x0.to(sample)
 
         session = session_from(self.driver, x0, cond, [], on_step)
         self._bare(session)
-        if pretended is not None:
-            _pretend(session, pretended, **shape)
+        if replace is not None:
+            _replace_decoders(session, replace)
         return self.driver.run(session, cond, output_type="pt", grad=grad)
 
     def _bare(self, session: Session) -> None:
@@ -130,7 +175,7 @@ class Codec:
     def _decoder_input(self, x0: torch.Tensor, cond: Conditioning, media: torch.Tensor) -> tuple[torch.Tensor, str]:
         """What the decoder is given for latents `x0`, all its calls along the rows, and the component's name."""
         seen = Decoder()
-        self._end(x0, cond, seen, grad=torch.is_grad_enabled(), media=media)
+        self._end(x0, cond, _noting(seen, media), grad=torch.is_grad_enabled())
         found = seen.input()
         if found is None:
             raise PolicyError(f"{self._pipeline} does not decode with a VAE of its own, so it cannot encode pictures")
@@ -172,24 +217,28 @@ class Codec:
         return type(self.pipe).__name__
 
 
-def _pretend(session: Session, seen: Decoder, media: torch.Tensor) -> None:
-    """Let the decoders of the session's pipeline answer zeros in the shape of `media` and note what they were given."""
-    seen.given = []
+def _replace_decoders(session: Session, replace: Replace) -> None:
     for name, part in vars(session.copy).items():
         if isinstance(part, nn.Module) and class_attribute(type(part), "decode") and "encode" in vars(part):
-            part.__dict__["decode"] = _noting(name, seen, media)
+            part.__dict__["decode"] = replace(name, part.decode)  # type: ignore[arg-type]
 
 
-def _noting(name: str, seen: Decoder, media: torch.Tensor) -> Any:
-    def decode(z: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        assert seen.given is not None
-        seen.name = name
-        seen.given.append(z)
-        frames = (media.shape[1] if media.ndim == 5 else 1,) if z.ndim == 5 else ()
-        pixels = torch.zeros(z.shape[0], 3, *frames, *media.shape[-2:], device=z.device, dtype=z.dtype)
-        return DecoderOutput(sample=pixels) if return_dict else (pixels,)
+def _noting(seen: Decoder, media: torch.Tensor) -> Replace:
+    """Decoders that answer zeros in the shape of `media` and note what they were given."""
+    seen.given = []
 
-    return decode
+    def replace(name: str, own: Decode) -> Decode:
+        def decode(z: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+            assert seen.given is not None
+            seen.name = name
+            seen.given.append(z)
+            frames = (media.shape[1] if media.ndim == 5 else 1,) if z.ndim == 5 else ()
+            pixels = torch.zeros(z.shape[0], 3, *frames, *media.shape[-2:], device=z.device, dtype=z.dtype)
+            return DecoderOutput(sample=pixels) if return_dict else (pixels,)
+
+        return decode
+
+    return replace
 
 
 @torch.no_grad()

@@ -307,14 +307,34 @@ class Policy:
             start = self.initial_latents(cond, generators) if latents is None else latents.float()
             return Rolling(self.driver, cond, plan, generators, reduce, poll, start, mask, steer, record).run(steps)
 
-    def decode(self, x0: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    def decode(self, x0: torch.Tensor, cond: Conditioning, frames: int | None = None) -> torch.Tensor:
         """Media float32 in [0, 1]: (B, 3, H, W) or (B, T, 3, H, W), by the pipeline's own un-packing, decoder and
         post-processing; differentiable. Outside [0, 1] the gradient passes straight through.
 
         Safety checker and watermark are left out (said once); sampling with the pipeline itself keeps them.
+
+        Args:
+            frames: only the first so many frames of videos: (B, frames, 3, H, W), the same as of the whole. A causal
+                decoder is given the latents that they need and no others (see `latent_frames`), another one all.
+
+        Raises:
+            RecipeError: more frames than the videos have, or frames of pictures.
         """
         with self._lock:
-            return self.codec.decode(x0, cond)
+            return self.codec.decode(x0, cond, frames)
+
+    def num_frames(self, cond: Conditioning) -> int:
+        """Frames of a video that is decoded whole. Raises RecipeError for a pipeline of pictures."""
+        with self._lock:
+            return self.codec.num_frames(self._any_latents(cond), cond[[0]])
+
+    def latent_frames(self, frames: int | None, cond: Conditioning) -> int:
+        """How many latent frames of each video `decode` decodes for its first `frames` frames; None: for all."""
+        with self._lock:
+            return self.codec.latent_frames(self._any_latents(cond), cond[[0]], frames)
+
+    def _any_latents(self, cond: Conditioning) -> torch.Tensor:
+        return self.initial_latents(cond[[0]], [torch.Generator().manual_seed(cond.seeds[0])])
 
     def encode(self, media: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """(B, ...) float32 clean latents of media, as `scheduler.step` sees them: the inverse of `decode`, up to what
