@@ -2,9 +2,10 @@
 
 from alignkit.rewards.base import BrokenContract, Evaluation, Reward, RewardFailure, evaluate
 from alignkit.rewards.card import Card
-from alignkit.rewards.combine import PerFrameMean, Weighted, in_micro_batches
+from alignkit.rewards.combine import Weighted, in_micro_batches
 from alignkit.rewards.functions import as_reward
 from alignkit.rewards.loading import describe, load, load_file, status
+from alignkit.rewards.per_frame import PerFrameMean
 from alignkit.rewards.probe import Probe, probe
 from alignkit.rewards.table import TABLE
 from alignkit.rewards.weights import Files, MissingWeights

@@ -113,6 +113,35 @@ class Mapped(Protocol):
 
 
 @runtime_checkable
+class OfFrames(Protocol):
+    """A video reward that looks at some frames only, so that the others need not be decoded.
+
+    Attributes:
+        name, kind, differentiable: as of a reward; kind is "video".
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def differentiable(self) -> bool: ...
+
+    def chosen(self, num_frames: int, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """(B, S) int64 indices from 0 of the frames that it looks at in videos of `num_frames`."""
+        ...
+
+    def of_frames(
+        self, frames: torch.Tensor, index: torch.Tensor, num_frames: int, prompts: Sequence[Prompt]
+    ) -> Evaluation:
+        """The same as of the whole videos, from the chosen frames (B, S, 3, H, W) alone, `index` (B, S) being
+        `chosen(num_frames, prompts)`."""
+        ...
+
+
+@runtime_checkable
 class ScoresGroups(Protocol):
     """A reward whose scores depend on the other samples of the same prompt, so it must see whole groups.
 

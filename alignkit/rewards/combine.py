@@ -1,4 +1,4 @@
-"""Rewards made of rewards: a weighted sum with a failure policy, and the mean over a video's frames."""
+"""Rewards made of rewards: a weighted sum with a failure policy."""
 
 from __future__ import annotations
 
@@ -8,29 +8,27 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from einops import rearrange, reduce
 
 from alignkit.errors import RecipeError
 from alignkit.rewards.base import (
     Evaluation,
     NoiseAware,
     OfClean,
+    OfFrames,
     Reward,
     RewardFailure,
     ScoresGroups,
     as_prompts,
     evaluate,
 )
-from alignkit.rewards.card import Card
 from alignkit.rewards.deadline import StillRunning, within
 from alignkit.rewards.loading import describe, load
-from alignkit.rewards.parts import Counts, bound, check, files_of, prepare
+from alignkit.rewards.of_frames import OfPrefix, check_prefix, frames_needed
+from alignkit.rewards.parts import Counts, bound, check, prepare
 from alignkit.rewards.threads import draws_nothing
-from alignkit.rewards.weights import Files
 from alignkit.types import Prompt, Scores
 
 log = logging.getLogger("alignkit.rewards")
@@ -148,12 +146,17 @@ class Weighted:
         parts = [{**describe(reward), "weight": self.weights[name]} for name, reward in self.rewards.items()]
         return {"on_error": self.on_error, "timeout": self.timeout, "rewards": parts}
 
+    def frames_needed(self, num_frames: int, prompts: Sequence[str]) -> int | None:
+        """How many leading frames of videos of `num_frames` the rewards look at in this batch; None: all of them."""
+        return frames_needed(self.rewards, num_frames, as_prompts(prompts))
+
     def __call__(
         self,
         media: torch.Tensor,
         prompts: Sequence[str],
         latents: torch.Tensor | None = None,
         cond: Any = None,
+        num_frames: int | None = None,
     ) -> Scores:
         """Scores of one batch.
 
@@ -163,12 +166,17 @@ class Weighted:
             latents: (B, ...) what the media were decoded from, for rewards of kind "latent". Without them, such as
                 after the pipeline's own scheduler, those rewards do not apply.
             cond: the `Conditioning` of the B samples, for noise-aware rewards, which score the latents as clean.
+            num_frames: `media` are the first frames of videos of so many, at least `frames_needed(...)` of them, and
+                the scores are those of the whole videos; None: `media` are whole.
 
         Raises:
             RewardError: see `on_error`.
-            RecipeError: a noise-aware reward without `cond`.
+            RecipeError: a noise-aware reward without `cond`; a reward that looks at whole videos, or at frames that
+                are not there.
         """
         known = as_prompts(prompts)
+        if num_frames is not None:
+            check_prefix(self.rewards, media, known, num_frames)
         before = dict(self.failed)
         parts: dict[str, Evaluation] = {}
         for name, reward in self.rewards.items():
@@ -177,6 +185,8 @@ class Weighted:
                 parts[name] = not_applicable(len(known), media.device)
                 continue
             asked = _of_clean(reward, cond) if isinstance(reward, NoiseAware) else reward
+            if num_frames is not None and isinstance(reward, OfFrames):
+                asked = OfPrefix(reward, num_frames)
             parts[name] = self._evaluate(asked, seen, known)
         return Scores(
             total=weighted_total(parts, self.weights),
@@ -275,74 +285,3 @@ def in_micro_batches(
         parts={name: torch.cat([scores.parts[name] for scores in done]) for name in rewards.rewards},
         failed={name: sum(scores.failed[name] for scores in done) for name in rewards.rewards},
     )
-
-
-@dataclass(frozen=True, eq=False)
-class PerFrameMean:
-    """An image reward as a video reward: its mean over the frames to which it applies.
-
-    Attributes:
-        reward: spec or callable of a reward of single images.
-        name: "" makes it the image reward's name and `_per_frame`.
-    """
-
-    reward: Any
-    name: str = ""
-
-    kind = "video"
-    card: ClassVar[Card] = Card(
-        family="video",
-        summary="the frames score high with an image reward; it says nothing of motion",
-        range="that of the image reward",
-        cost="that of the image reward, once per frame",
-    )
-
-    def __post_init__(self) -> None:
-        loaded = load(self.reward)
-        if loaded.kind != "image" or isinstance(loaded, ScoresGroups):
-            raise RecipeError(
-                f"PerFrameMean needs a reward of single images; {loaded.name!r} scores "
-                + ("groups" if loaded.kind == "image" else f"{loaded.kind} media")
-            )
-        object.__setattr__(self, "reward", loaded)
-        object.__setattr__(self, "name", self.name or f"{loaded.name}_per_frame")
-
-    @property
-    def differentiable(self) -> bool:
-        """As the image reward."""
-        return self.reward.differentiable
-
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """As the image reward's."""
-        check(self.reward, prompts)
-
-    def files(self) -> tuple[Files, ...]:
-        """As the image reward's."""
-        return files_of([self.reward])
-
-    def prepare(self) -> None:
-        """As the image reward's."""
-        prepare(self.reward)
-
-    def bind(self, policy: Any) -> PerFrameMean:
-        """The mean of the bound image reward."""
-        own = bound(self.reward, policy)
-        return self if own is self.reward else PerFrameMean(own, self.name)
-
-    def describe(self) -> dict[str, Any]:
-        """What the frames are scored by."""
-        return {"per_frame": describe(self.reward)}
-
-    def raw(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> Evaluation:
-        """The mean of (B, T) scores; a frame that failed makes its video fail."""
-        frames = rearrange(media, "b t c h w -> (b t) c h w")
-        repeated = [prompt for prompt in prompts for _ in range(media.shape[1])]
-        evaluation = evaluate(self.reward, frames, repeated)
-        applicable = rearrange(evaluation.applicable, "(b t) -> b t", t=media.shape[1])
-        scores = rearrange(evaluation.scores, "(b t) -> b t", t=media.shape[1])
-        total = reduce(torch.where(applicable, scores, 0.0), "b t -> b", "sum")
-        return Evaluation(total / applicable.sum(dim=1), applicable.any(dim=1))
-
-    def __call__(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """(B,) for (B, T, 3, H, W)."""
-        return evaluate(self, media, prompts).scores

@@ -42,7 +42,7 @@ TABLE: dict[str, str] = {
     # video
     "video_reward": "alignkit.rewards.video_reward:VideoReward",
     "segmental": "alignkit.rewards.video:Segmental",
-    "per_frame_mean": "alignkit.rewards.combine:PerFrameMean",
+    "per_frame_mean": "alignkit.rewards.per_frame:PerFrameMean",
     "frame_difference": "alignkit.rewards.video:FrameDifference",
     "flow_magnitude": "alignkit.rewards.video:FlowMagnitude",
     "motion_smoothness": "alignkit.rewards.video:MotionSmoothness",

@@ -18,6 +18,7 @@ from alignkit.rewards.base import Evaluation, Reward, evaluate
 from alignkit.rewards.card import Card
 from alignkit.rewards.frames import middles, one_per_segment
 from alignkit.rewards.loading import describe, load
+from alignkit.rewards.of_frames import frames_at
 from alignkit.rewards.optical_flow import optical_flow
 from alignkit.rewards.parts import bound, check, files_of, prepare
 from alignkit.rewards.pixels import luminance
@@ -127,14 +128,24 @@ class Segmental:
         return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
     def raw(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> Evaluation:
-        """The weighted mean over the frames to which the image reward applies; a frame that failed fails its video."""
+        """As `of_frames`, of (B, T, 3, H, W)."""
         index = self.chosen(media.shape[1], prompts).to(media.device)
-        frames = media[torch.arange(len(media), device=media.device).unsqueeze(1), index]
+        return self.of_frames(frames_at(media, index), index, media.shape[1], prompts)
+
+    def of_frames(
+        self, frames: torch.Tensor, index: torch.Tensor, num_frames: int, prompts: Sequence[Prompt]
+    ) -> Evaluation:
+        """The weighted mean over the frames to which the image reward applies; a frame that failed fails its video.
+
+        Args:
+            frames: (B, segments, 3, H, W) in [0, 1].
+            index: (B, segments) where they are in videos of `num_frames`.
+        """
         repeated = [prompt for prompt in prompts for _ in range(self.segments)]
         evaluation = evaluate(self.image_reward, rearrange(frames, "b s c h w -> (b s) c h w"), repeated)
         applicable = rearrange(evaluation.applicable, "(b s) -> b s", s=self.segments)
         scores = rearrange(evaluation.scores, "(b s) -> b s", s=self.segments)
-        weights = temporal_attenuation(index, media.shape[1], self.attenuation) * applicable
+        weights = temporal_attenuation(index, num_frames, self.attenuation) * applicable
         total = reduce(weights * torch.where(applicable, scores, 0.0), "b s -> b", "sum")
         return Evaluation(total / self._divisor(weights, applicable), applicable.any(dim=1))
 
