@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
+
+FIRST, SECOND, TIE, INVALID = 1, -1, 0, 22
+"""Labels of a pair, as VideoReward's data have them: which side is better, neither, or no valid answer."""
 
 
 def bradley_terry(winners: Tensor, losers: Tensor) -> Tensor:
@@ -18,6 +23,77 @@ def bradley_terry(winners: Tensor, losers: Tensor) -> Tensor:
     if winners.shape != losers.shape:
         raise AlignkitError(f"winners {tuple(winners.shape)} and losers {tuple(losers.shape)} must have one shape")
     return -F.logsigmoid(winners - losers)
+
+
+def bradley_terry_ties(lead: Tensor, labels: Tensor, k: float = 5.0) -> Tensor:
+    """Negative log-likelihood under Bradley-Terry with ties, in the shape of its arguments; 0 where INVALID.
+
+    Rao and Kupper (1967), as in VideoReward (2501.13918, section 3.3), with `lead = r_first - r_second`:
+
+        P(first wins) = sigmoid(lead - log k)          P(second wins) = sigmoid(-lead - log k)
+        P(tie) = (k^2 - 1) P(first wins) P(second wins)
+
+    Args:
+        lead: (...) first score minus second.
+        labels: same shape, integers: FIRST, SECOND, TIE or INVALID.
+        k: above 1; how far a score must lead, log k, to win as often as not. VideoReward has 5.
+    """
+    if lead.shape != labels.shape:
+        raise AlignkitError(f"lead {tuple(lead.shape)} and labels {tuple(labels.shape)} must have one shape")
+    if k <= 1:
+        raise AlignkitError(f"k={k} must be above 1: at 1 no pair is ever a tie")
+    known = torch.tensor((FIRST, SECOND, TIE, INVALID), device=labels.device)
+    if not torch.isin(labels, known).all():
+        raise AlignkitError(f"labels hold {sorted(set(labels.unique().tolist()))}; expected 1, -1, 0 (tie), 22 (none)")
+    first, second = F.logsigmoid(lead - math.log(k)), F.logsigmoid(-lead - math.log(k))
+    tie = first + second + math.log(k**2 - 1)
+    told = torch.where(labels == FIRST, first, torch.where(labels == SECOND, second, tie))
+    return -told.masked_fill(labels == INVALID, 0.0)
+
+
+def accuracy_without_ties(lead: Tensor, labels: Tensor) -> float:
+    """Share of pairs with a winner that lead the right way; nan where there is none. A lead of 0 is wrong.
+
+    Args:
+        lead, labels: (B,) as in `bradley_terry_ties`.
+    """
+    decided = labels.abs() == 1
+    return float((lead * labels > 0)[decided].double().mean())
+
+
+def accuracy_with_ties(lead: Tensor, labels: Tensor, threshold: float) -> float:
+    """Share of valid pairs that are told right, where |lead| <= threshold says "tie" (2305.14324, section 6).
+
+    Args:
+        lead, labels: (B,) as in `bradley_terry_ties`.
+        threshold: at least 0, see `tie_threshold`; below 0 nothing is ever called a tie.
+    """
+    said = torch.where(lead.abs() <= threshold, 0.0, lead.sign())
+    return float((said == labels)[labels != INVALID].double().mean())
+
+
+def tie_threshold(lead: Tensor, labels: Tensor) -> float:
+    """The threshold at which `accuracy_with_ties` is highest, the lowest of equals; -1 where ties are best never said.
+
+    Deutsch, Foster and Freitag (2305.14324) choose it, as VideoAlign's evaluation does, on the pairs that are judged,
+    so that no scorer loses for the scale of its scores; for a scorer in use choose it on pairs of their own.
+
+    Args:
+        lead, labels: (B,) as in `bradley_terry_ties`; at least one of them valid.
+    """
+    valid = labels != INVALID
+    if not valid.any():
+        raise AlignkitError(f"none of {len(labels)} pairs has a valid label; expected 1, -1 or 0 (tie) for some")
+    distance, order = lead[valid].abs().sort()
+    told, signs = labels[valid][order], lead[valid].sign()[order]
+    # With the nearest n pairs called ties: right are the ties among them, and the winners behind them.
+    ties = F.pad((told == TIE).cumsum(0), (1, 0))
+    wins = (told == signs) & (told != TIE)
+    right = ties + wins.sum() - F.pad(wins.cumsum(0), (1, 0))
+    last = torch.ones_like(right, dtype=torch.bool)
+    last[1:-1] = distance[1:] > distance[:-1]  # pairs at one distance are called ties together
+    best = int(right.masked_fill(~last, -1).argmax())
+    return -1.0 if best == 0 else float(distance[best - 1])
 
 
 def softmax_preference(logits: Tensor, targets: Tensor) -> Tensor:

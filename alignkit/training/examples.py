@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from alignkit.flow.path import Path, RectifiedFlow, expand_to
+from alignkit.objectives.preference import INVALID, TIE
 from alignkit.types import Prompt
 
 RECTIFIED = RectifiedFlow()
@@ -36,10 +38,10 @@ class PairBatch:
     Attributes:
         winners, losers: (B, ...).
         prompts: B prompts.
-        ties: (B,) bool, True where neither is preferred; None: no ties.
+        ties: (B,) bool, True where neither is preferred, or (B, D) for each dimension; None: no ties.
         sigma: (B,) noise level of both sides; None: clean.
         preferred: (B, D) for each of D dimensions 1 where the winner is the better, -1 where the loser is, 0 where
-            the pair says nothing of it; None: there is one dimension, and winners win.
+            the two tie or the pair says nothing of it; None: there is one dimension, and winners win.
         path: how latents are noised; pictures and rectified flow have the default.
     """
 
@@ -50,6 +52,21 @@ class PairBatch:
     sigma: Tensor | None = None
     preferred: Tensor | None = None
     path: Path = RECTIFIED
+
+    @classmethod
+    def of_labels(cls, first: Tensor, second: Tensor, prompts: Sequence[Prompt], labels: Tensor) -> PairBatch:
+        """Of labels (B, D) as people give them: 1 first is better, -1 second, 0 tie, 22 no valid answer."""
+        return cls(first, second, prompts, ties=labels == TIE, preferred=labels.masked_fill(labels == INVALID, 0))
+
+    @property
+    def labels(self) -> Tensor:
+        """(B, D) labels of the winners against the losers, `of_labels` undone; D is 1 without `preferred`."""
+        preferred = torch.ones(len(self.winners), 1, dtype=torch.long, device=self.winners.device)
+        if self.preferred is not None:
+            preferred = self.preferred
+        ties = torch.zeros_like(preferred, dtype=torch.bool) if self.ties is None else self.ties
+        ties = rearrange(ties, "b -> b 1") if ties.ndim == 1 else ties
+        return torch.where(preferred == 0, INVALID, preferred).masked_fill(ties, TIE)
 
     def to(self, device: torch.device) -> PairBatch:
         held = {name: getattr(self, name) for name in ("winners", "losers", "ties", "sigma", "preferred")}

@@ -49,6 +49,28 @@ def bradley_terry_dimensions(model: nn.Module, batch: PairBatch, rng: torch.Gene
     return loss, {"accuracy": _share(right[counts]), **told}
 
 
+def bradley_terry_ties(model: nn.Module, batch: PairBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
+    """Bradley-Terry with ties, k = 5, mean over the pairs and dimensions that have a valid label (VideoReward,
+    2501.13918). The scorer gives (B,) or (B, D)."""
+    _require(batch, PairBatch, "bradley_terry_ties")
+    winners, losers = _scores_of_pairs(model, batch)
+    lead = winners - losers
+    lead, labels = rearrange(lead, "b -> b 1") if lead.ndim == 1 else lead, batch.labels
+    if labels.shape != lead.shape:
+        raise RecipeError(
+            f'loss="bradley_terry_ties" got scores of {tuple(lead.shape)} and labels of {tuple(labels.shape)}; both '
+            "must be (pairs, dimensions): give PairBatch.of_labels, or preferred and ties of that shape"
+        )
+    valid = labels != preference.INVALID
+    if not valid.any():
+        raise RecipeError(
+            f'loss="bradley_terry_ties" got {len(labels)} pairs without a valid label; draw larger batches'
+        )
+    loss = preference.bradley_terry_ties(lead, labels).sum() / valid.sum()
+    decided, right = labels.abs() == 1, (lead * labels > 0).detach()
+    return loss, {f"accuracy_{i}": _share(right[:, i][d]) for i, d in enumerate(decided.unbind(dim=1)) if d.any()}
+
+
 def softmax_preference(model: nn.Module, batch: PairBatch | ChoiceBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
     """Cross-entropy over the images of one prompt; scores are logits, so the scorer applies its own scale."""
     _require(batch, (PairBatch, ChoiceBatch), "softmax_preference")
@@ -96,6 +118,7 @@ def self_distillation(model: nn.Module, batch: ViewBatch, rng: torch.Generator) 
 LOSSES: Mapping[str, Loss] = {
     "bradley_terry": bradley_terry,
     "bradley_terry_dimensions": bradley_terry_dimensions,
+    "bradley_terry_ties": bradley_terry_ties,
     "softmax_preference": softmax_preference,
     "yes_no": yes_no,
     "self_distillation": self_distillation,

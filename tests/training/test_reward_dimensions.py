@@ -92,3 +92,53 @@ def test_a_batch_moves_with_all_that_it_has() -> None:
     batch = pairs([[1, 0]]).noised(0.1, 0.9, torch.Generator().manual_seed(0)).to(torch.device("meta"))
     assert batch.preferred is not None and batch.sigma is not None
     assert {one.device.type for one in (batch.winners, batch.losers, batch.preferred, batch.sigma)} == {"meta"}
+
+
+LABELS = torch.tensor([[1, 0], [-1, 22], [22, 22], [0, 1]])
+
+
+def labelled() -> PairBatch:
+    rng = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(4, 4, generator=rng, dtype=DOUBLE) for _ in range(2))
+    return PairBatch.of_labels(first, second, [Prompt("")] * 4, LABELS)
+
+
+def test_labels_of_people_come_back_from_a_batch() -> None:
+    assert torch.equal(labelled().labels, LABELS)
+    wins = PairBatch(torch.zeros(2, 1), torch.zeros(2, 1), [Prompt("")] * 2, ties=torch.tensor([False, True]))
+    assert wins.labels.tolist() == [[1], [0]]
+
+
+def test_bradley_terry_with_ties_is_the_mean_over_valid_labels() -> None:
+    """-log sigmoid(lead - log 5) for a win, both and -log 24 for a tie; written out as loops."""
+    batch, parts = labelled(), []
+    log_sigmoid = torch.nn.functional.logsigmoid
+    for pair, said in enumerate(LABELS.tolist()):
+        for d, label in enumerate(said):
+            lead, k = batch.winners[pair, d] - batch.losers[pair, d], torch.tensor(5.0, dtype=DOUBLE)
+            if label == 0:
+                parts.append(-log_sigmoid(lead - k.log()) - log_sigmoid(-lead - k.log()) - torch.log(k**2 - 1))
+            elif label != 22:
+                parts.append(-log_sigmoid(label * lead - k.log()))
+    loss, logs = LOSSES["bradley_terry_ties"](FirstCoordinates(), batch, torch.Generator())
+    assert len(parts) == 5
+    assert_close(loss, torch.stack(parts).mean())
+    assert logs.keys() == {"accuracy_0", "accuracy_1"}
+
+
+def test_bradley_terry_without_ties_leaves_ties_and_missing_labels_out() -> None:
+    first, second = labelled().winners, labelled().losers
+    same = PairBatch(first, second, labelled().prompts, preferred=torch.tensor([[1, 0], [-1, 0], [0, 0], [0, 1]]))
+    found, expected = (
+        LOSSES["bradley_terry_dimensions"](FirstCoordinates(), b, torch.Generator())[0] for b in (labelled(), same)
+    )
+    assert_close(found, expected)
+
+
+def test_labels_that_fit_no_scores_and_batches_without_labels_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"scores of \(4, 2\) and labels of \(4, 1\)"):
+        plain = PairBatch(torch.zeros(4, 2), torch.zeros(4, 2), [Prompt("")] * 4)
+        LOSSES["bradley_terry_ties"](FirstCoordinates(), plain, torch.Generator())
+    with pytest.raises(RecipeError, match="without a valid label"):
+        none = PairBatch.of_labels(torch.zeros(4, 2), torch.zeros(4, 2), [Prompt("")] * 4, torch.full((4, 2), 22))
+        LOSSES["bradley_terry_ties"](FirstCoordinates(), none, torch.Generator())
