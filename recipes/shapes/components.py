@@ -12,14 +12,14 @@ from diffusers import (
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from world import COLOURS, DIRECTIONS, SHAPES
 
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 32
 VAE_WIDTHS = (32, 64)
 TEXT_WIDTH = 64
 WIDTH, HEADS, LAYERS = 128, 4, 5
 
 
 def build_vae() -> AutoencoderKLLTXVideo:
-    """LTX-Video 0.9.5's autoencoder, causal both ways: (B, 3, 1 + 2 n, H, W) in [-1, 1] to (B, 16, 1 + n, H / 8, W / 8)
+    """LTX-Video 0.9.5's autoencoder, causal both ways: (B, 3, 1 + 2 n, H, W) in [-1, 1] to (B, 32, 1 + n, H / 8, W / 8)
     and back. Every residual branch starts at zero, so that what is left is a linear patch code: without, tiny objects
     stay unlearnt for thousands of steps."""
     vae = AutoencoderKLLTXVideo(

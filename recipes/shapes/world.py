@@ -28,8 +28,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"moves right": (1, 0), "moves left": (-1, 0), "rises": (0, -1), "falls": (0, 1)}  # (x, y), y down
-RADIUS = (4.5, 6.0)  # pixels from the centre to the farthest side
-SPEED = (1.2, 2.2)  # pixels per frame
+RADIUS = (5.0, 6.8)  # pixels from the centre to the farthest side
+SPEED = (1.1, 2.0)  # pixels per frame
 GROUND = (15, 75)  # grey level
 HELD_OUT_PER_DIRECTION, SPLIT_SEED = 8, 6
 
