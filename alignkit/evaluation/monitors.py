@@ -22,6 +22,8 @@ ALARM = 0.1  # rise of the denoising loss on data above which it is reported (DD
 NARROWED = 0.8  # diversity after / before below which a loss is reported
 SHIFTED = 2.0  # base standard deviations by which an image statistic may move
 OFF_POLICY = 1e-3  # max |ratio - 1| before any update above which sampling and training disagree
+STILLED = 0.5  # optical flow after / before below which clips are said to stand still
+MOVES = 0.02  # pixels per frame below which the base does not move either
 NO_SIGNAL = 0.8  # share of groups without spread above which little is left to learn
 NOTHING = Change(None, None)
 
@@ -36,7 +38,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Statistic:
-    """An image statistic of one grid: mean and standard deviation over its samples."""
+    """A statistic of one grid: mean and standard deviation over its samples."""
 
     mean: float
     std: float
@@ -59,7 +61,7 @@ def findings(record: RunRecord, statistics: Mapping[str, Mapping[str, Statistic]
 
     Args:
         record: the run.
-        statistics: image statistics by grid title, the base first, as `report` computes them.
+        statistics: of images and motion, by grid title, the base first, as `report` computes them.
     """
     found = [
         *_hacking(record),
@@ -67,6 +69,7 @@ def findings(record: RunRecord, statistics: Mapping[str, Mapping[str, Statistic]
         *_own_scheduler(record),
         *_diversity(record),
         *_distances(record),
+        *_motion(statistics),
         *_statistics(statistics),
         *_training(record),
     ]
@@ -142,6 +145,22 @@ def _narrowing(entry: Any, subject: str, severe: bool) -> list[Finding]:
     return [Finding(f"{subject} within groups {said}{which}.", severe and bool(narrowed))]
 
 
+def _motion(statistics: Mapping[str, Mapping[str, Statistic]]) -> list[Finding]:
+    """Still clips are the usual way in which a reward on single frames is hacked (InstructVideo, 2312.12490)."""
+    if len(statistics) < 2:
+        return []
+    (base_title, base), *_, (title, last) = statistics.items()
+    before, after = base.get("flow"), last.get("flow")
+    if before is None or after is None or before.mean < MOVES or after.mean >= STILLED * before.mean:
+        return []
+    text = (
+        f"Motion fell to {after.mean / before.mean:.0%}: from {before.mean:.3f} pixels per frame of “{base_title}” to "
+        f"{after.mean:.3f} of “{title}”. A reward that looks at single frames pays for still clips; add one for "
+        "motion, or score fewer frames (Segmental)."
+    )
+    return [Finding(text)]
+
+
 def _statistics(statistics: Mapping[str, Mapping[str, Statistic]]) -> list[Finding]:
     if len(statistics) < 2:
         return []
@@ -156,7 +175,7 @@ def _statistics(statistics: Mapping[str, Mapping[str, Statistic]]) -> list[Findi
             moved.append(f"{name.replace('_', ' ')} {before.mean:.3f} to {value.mean:.3f}")
     if not moved:
         return []
-    return [Finding(f"Images of “{title}” left the range of “{base_title}”: {', '.join(moved)}.")]
+    return [Finding(f"Samples of “{title}” left the range of “{base_title}”: {', '.join(moved)}.")]
 
 
 def _training(record: RunRecord) -> list[Finding]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from alignkit.evaluation.motion import Band
 from alignkit.evaluation.record import Series
 
 TRAINED = "#2563a8"
@@ -40,26 +42,65 @@ def line_plot(lines: Mapping[str, Series], colours: Sequence[str], levels: Mappi
         colours: one per line.
         levels: labelled dashed horizontal lines.
     """
+    with _panel(list(lines), "step") as panel:
+        for (label, series), colour in zip(lines.items(), colours, strict=True):
+            _draw(panel.axes, label, series, colour)
+        for label, value in (levels or {}).items():
+            panel.axes.axhline(value, color=GUIDANCE, linewidth=1, linestyle=(0, (4, 3)), label=label)
+        _widen(panel.axes, SMALLEST_SPAN * max(abs(value) for series in lines.values() for value in series.values))
+        _name(panel.axes, len(lines) + len(levels or {}))
+    return panel.svg
+
+
+def band_plot(bands: Mapping[str, Band], colours: Sequence[str]) -> str:
+    """One panel of means over the frames of clips, each in a band of one standard deviation over the clips.
+
+    Args:
+        bands: by label, in drawing order.
+        colours: one per band.
+    """
+    with _panel(list(bands), "frame") as panel:
+        for (label, band), colour in zip(bands.items(), colours, strict=True):
+            low = [mean - std for mean, std in zip(band.mean, band.std, strict=True)]
+            high = [mean + std for mean, std in zip(band.mean, band.std, strict=True)]
+            panel.axes.fill_between(band.steps, low, high, color=colour, alpha=0.16, linewidth=0)
+            panel.axes.plot(band.steps, band.mean, color=colour, linewidth=1.6, label=label)
+        panel.axes.xaxis.get_major_locator().set_params(integer=True)
+        _name(panel.axes, len(bands))
+    return panel.svg
+
+
+class _Panel:
+    """Axes to draw on, and when that is done the `<svg>` element."""
+
+    def __init__(self, axes: Any) -> None:
+        self.axes = axes
+        self.svg = ""
+
+
+@contextmanager
+def _panel(labels: Sequence[str], across: str) -> Iterator[_Panel]:
+    """An empty panel; what was drawn on it is its `svg` at the end."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "/".join(lines)}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "/".join(labels)}):
         figure = Figure(figsize=(3.7, 2.15))
         figure.subplots_adjust(left=0.135, right=0.98, top=0.97, bottom=0.17)
-        axes = figure.add_subplot()
-        for (label, series), colour in zip(lines.items(), colours, strict=True):
-            _draw(axes, label, series, colour)
-        for label, value in (levels or {}).items():
-            axes.axhline(value, color=GUIDANCE, linewidth=1, linestyle=(0, (4, 3)), label=label)
-        axes.set_xlabel("step", labelpad=1)
-        axes.margins(x=0.02)
-        axes.yaxis.set_major_formatter("{x:.4g}")  # no multiplier above the axis, where there is no room
-        _widen(axes, SMALLEST_SPAN * max(abs(value) for series in lines.values() for value in series.values))
-        if len(lines) + len(levels or {}) > 1:
-            axes.legend(frameon=False, fontsize=7.5, handlelength=1.4, borderaxespad=0.1)
+        panel = _Panel(figure.add_subplot())
+        panel.axes.set_xlabel(across, labelpad=1)
+        panel.axes.margins(x=0.02)
+        panel.axes.yaxis.set_major_formatter("{x:.4g}")  # no multiplier above the axis, where there is no room
+        yield panel
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    return _element(text.getvalue())
+        panel.svg = _element(text.getvalue())
+
+
+def _name(axes, curves: int) -> None:
+    """A legend where there is more than one curve."""
+    if curves > 1:
+        axes.legend(frameon=False, fontsize=7.5, handlelength=1.4, borderaxespad=0.1)
 
 
 def _draw(axes, label: str, series: Series, colour: str) -> None:

@@ -14,21 +14,27 @@ from alignkit.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Picture:
-    """One sample shown in the report: its file, and what each reader read in it."""
+    """One sample shown in the report: its file, and what each reader read in it.
+
+    Attributes:
+        scale: how many times the file's sides are those of the sample; clips are enlarged to be seen.
+    """
 
     file: Path
     prompt: str
     reads: Mapping[str, str]
     right: bool | None
+    scale: int = 1
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One model's samples of fixed prompts and seeds."""
+    """One model's samples of fixed prompts and seeds; of clips also a sheet, a row of frames for each."""
 
     title: str
     note: str
     pictures: tuple[Picture, ...]
+    sheet: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,7 @@ def _read_grids(folder: Path, missing: list[str]) -> tuple[Grid, ...]:
             title=str(entry.get("title", "untitled")),
             note=str(entry.get("note") or ""),
             pictures=tuple(_picture(folder, item) for item in _objects(entry.get("images"))),
+            sheet=folder / entry["sheet"] if isinstance(entry.get("sheet"), str) else None,
         )
         for entry in entries
     )
@@ -169,12 +176,13 @@ def _read_grids(folder: Path, missing: list[str]) -> tuple[Grid, ...]:
 
 def _picture(folder: Path, item: Mapping[str, Any]) -> Picture:
     reads = item.get("reads")
-    right = item.get("right")
+    right, scale = item.get("right"), item.get("scale")
     return Picture(
         file=folder / str(item.get("file", "")),
         prompt=str(item.get("prompt", "")),
         reads={str(k): str(v) for k, v in reads.items()} if isinstance(reads, dict) else {},
         right=right if isinstance(right, bool) else None,
+        scale=scale if type(scale) is int and scale > 0 else 1,
     )
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from alignkit.evaluation import monitors, plots
 from alignkit.evaluation.monitors import Statistic
-from alignkit.evaluation.pictures import Shown, masked, show, statistics
-from alignkit.evaluation.record import Change, Grid, RunRecord, Series, as_changes, read_run
+from alignkit.evaluation.motion import Band
+from alignkit.evaluation.pictures import Shown, masked, measure, show
+from alignkit.evaluation.record import Change, Grid, Picture, RunRecord, Series, as_changes, read_run
 
 MAX_PICTURES = 64  # per grid
 
@@ -106,8 +107,9 @@ def render(record: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = show_number
-    measured = {grid.title: statistics(grid.pictures[:MAX_PICTURES]) for grid in record.grids}
-    measured = {title: values for title, values in measured.items() if values}
+    samples = record.folder / "samples"
+    found = {grid.title: measure(grid.pictures[:MAX_PICTURES], samples) for grid in record.grids}
+    measured = {title: values.statistics for title, values in found.items() if values.statistics}
     return environment.get_template("report.html.j2").render(
         name=record.folder.resolve().name,
         summary=record.summary,
@@ -116,7 +118,9 @@ def render(record: RunRecord) -> str:
         findings=monitors.findings(record, measured),
         cards=cards(record),
         notes=[(grid.title, grid.note) for grid in record.grids],
-        cases=cases(record.grids, record.folder / "samples"),
+        cases=cases(record.grids, samples),
+        sheets=sheets(record.grids, samples),
+        motion_panels=motion_panels({title: values.bands for title, values in found.items() if values.bands}),
         hidden=max((len(grid.pictures) - MAX_PICTURES for grid in record.grids), default=0),
         reward_panels=reward_panels(record),
         policy_panels=policy_panels(record.metrics),
@@ -159,6 +163,26 @@ def cases(grids: tuple[Grid, ...], samples: Path) -> list[Case]:
     return [
         Case(prompt, tuple((grid.title, row.get(index)) for index, grid in enumerate(grids)))
         for (prompt, _), row in shown.items()
+    ]
+
+
+def sheets(grids: tuple[Grid, ...], samples: Path) -> list[tuple[str, Shown]]:
+    """The sheets of frames, by title."""
+    return [(g.title, show(Picture(g.sheet, g.title, {}, None), samples)) for g in grids if g.sheet is not None]
+
+
+def motion_panels(bands: Mapping[str, Mapping[str, Band]]) -> list[Panel]:
+    """What clips do from frame to frame, a curve for each grid that has clips."""
+    titles = {
+        "flow": "optical flow, pixels per frame",
+        "brightness": "brightness, distance from the clip's own mean",
+    }
+    between = list(plots.OTHERS[1:])
+    colours = [plots.GUIDANCE, *between[: max(0, len(bands) - 2)], plots.TRAINED][: len(bands)]
+    return [
+        Panel(title, plots.band_plot({grid: curves[name] for grid, curves in bands.items()}, colours))
+        for name, title in titles.items()
+        if bands
     ]
 
 

@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from PIL import Image, ImageDraw
 
+from alignkit.data.video import contact_sheet as frames_in_rows
 from alignkit.errors import RecipeError
+from alignkit.evaluation import clips
 from alignkit.rewards.pixels import to_uint8
 
 BATCH = 8
 MARGIN, LINE = 6, 14  # pixels of the contact sheet
 SHOWN_FRAMES = 8
+LOWEST, HIGHEST = 64, 192  # pixels of the shorter side of a video's frames on a sheet
 
 
 @dataclass(frozen=True)
@@ -145,12 +149,13 @@ def sample(
     return drawn
 
 
-def write(samples: Sequence[Sample], out: Path, sheet: Image.Image | None = None) -> list[Path]:
-    """Write one PNG per sample (per frame for video) and a sheet.
+def write(samples: Sequence[Sample], out: Path, sheet: Image.Image | None = None, fps: float = clips.FPS) -> list[Path]:
+    """Write a PNG, or for video an animated WebP (MP4 where that is too large), per sample, and a sheet.
 
     Args:
         out: a folder, or a file name ending in `.png` for the sheet alone.
         sheet: None: a labelled contact sheet of the samples.
+        fps: frames per second at which videos play.
 
     Returns:
         the files, the sheet last.
@@ -160,11 +165,12 @@ def write(samples: Sequence[Sample], out: Path, sheet: Image.Image | None = None
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     for number, one in enumerate(() if alone else samples):
-        frames = one.media if one.media.ndim == 4 else one.media[None]
-        for k, pixels in enumerate(to_uint8(frames)):
-            ending = f"-frame{k:03d}" if one.media.ndim == 4 else ""
-            files.append(folder / f"{number:03d}-seed{one.seed}{ending}.png")
-            Image.fromarray(pixels).save(files[-1])
+        name = f"{number:03d}-seed{one.seed}"
+        if one.media.ndim == 4:
+            files.append(clips.write_clip(folder / name, one.media, fps))
+            continue
+        files.append(folder / f"{name}.png")
+        Image.fromarray(to_uint8(one.media[None])[0]).save(files[-1])
     files.append(out if alone else folder / "sheet.png")
     (contact_sheet(samples) if sheet is None else sheet).save(files[-1])
     return files
@@ -197,12 +203,24 @@ def contact_sheet(samples: Sequence[Sample], columns: int = 4, captions: Sequenc
 
 
 def tile_of(media: torch.Tensor, frames: int = SHOWN_FRAMES) -> Image.Image:
-    """The picture (3, H, W), or up to `frames` frames of the video (T, 3, H, W) side by side."""
+    """The picture (3, H, W), or up to `frames` frames of the video (T, 3, H, W) side by side, large enough to see."""
     if media.ndim == 3:
         return Image.fromarray(to_uint8(media[None])[0])
     chosen = torch.linspace(0, len(media) - 1, min(frames, len(media))).round().long()
-    strip = rearrange(media[chosen], "t c h w -> 1 c h (t w)")
-    return Image.fromarray(to_uint8(strip)[0])
+    shown = _visible(media[chosen])
+    return frames_in_rows(rearrange(shown, "t c h w -> 1 t c h w"), columns=len(shown))
+
+
+def _visible(frames: torch.Tensor) -> torch.Tensor:
+    """(T, 3, H, W) enlarged by a whole factor, or made smaller, so that the shorter side is from `LOWEST` to
+    `HIGHEST`."""
+    side = min(frames.shape[-2:])
+    if side < LOWEST:
+        return repeat(frames, "t c h w -> t c (h a) (w b)", a=-(-LOWEST // side), b=-(-LOWEST // side))
+    if side > HIGHEST:
+        size = [round(length * HIGHEST / side) for length in frames.shape[-2:]]
+        return F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return frames
 
 
 def shortened(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:

@@ -29,7 +29,7 @@ class Column:
 
 def side_by_side(columns: Sequence[Column]) -> Image.Image:
     """The columns beside each other, row i being sample i of each; a video is a strip of some of its frames."""
-    frames = max(2, SHOWN_FRAMES // len(columns))
+    frames = max(3, SHOWN_FRAMES // len(columns))
     tiles = [[tile_of(one.media, frames) for one in column.samples] for column in columns]
     width, height = tiles[0][0].size
     zoom = max(1, NARROWEST // width)

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from alignkit.errors import PolicyError
+from alignkit.evaluation import clips
 from alignkit.evaluation.diversity import Diversity, comparison, within_groups
 from alignkit.evaluation.monitors import DISTANCES
 from alignkit.evaluation.report import write_report
+from alignkit.inference.sampling import Sample, contact_sheet
 from alignkit.policy import LoRA
 from alignkit.policy.lora_files import save_lora
 from alignkit.rewards import Weighted
@@ -97,28 +99,47 @@ def right_samples(judges: Weighted, assessment: Assessment) -> torch.Tensor:
 
 
 def write_samples(run: Run, name: str, note: str, assessment: Assessment) -> None:
-    """The first pictures of an assessment with what each reader read; the same prompts and seeds for every grid."""
-    if assessment.media is None or assessment.media.ndim != 4:
+    """The first samples of an assessment with what each reader read; the same prompts and seeds for every grid.
+
+    Clips are enlarged to be seen, and stand on a sheet of frames too.
+    """
+    if assessment.media is None:
         return
     count = min(run.recipe.sample_prompts, len(assessment.prompts))
     media, right = assessment.media[:count], right_samples(run.judges, assessment)
     texts = {reader: reward.read(media) for reader, reward in readers(run.judges).items()}
+    prompts = [str(prompt) for prompt in assessment.prompts[:count]]
     folder = run.directory.samples / name
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for i, pixels in enumerate(to_uint8(media)):
-        file = folder / f"{i:02d}.png"
-        Image.fromarray(pixels).save(file)
+    for i, (prompt, one) in enumerate(zip(prompts, media, strict=True)):
+        file, scale = _written(folder / f"{i:02d}", one)
         pictures.append(
             {
                 "file": f"{name}/{file.name}",
-                "prompt": str(assessment.prompts[i]),
+                "scale": scale,
+                "prompt": prompt,
                 "reads": {reader: read[i] for reader, read in texts.items()},
                 "right": bool(right[i]) if texts else None,
             }
         )
     titles = {"base": "base", "guidance": "base with guidance", "aligned": "aligned"}
-    _index(run.directory.samples, {"title": titles[name], "note": note, "images": pictures})
+    grid: dict[str, Any] = {"title": titles[name], "note": note, "images": pictures}
+    if media.ndim == 5:
+        shown = [Sample(prompt, run.recipe.seed, one) for prompt, one in zip(prompts, media, strict=True)]
+        contact_sheet(shown, captions=[""] * count).save(folder / "sheet.png")
+        grid["sheet"] = f"{name}/sheet.png"
+    _index(run.directory.samples, grid)
+
+
+def _written(stem: Path, media: torch.Tensor) -> tuple[Path, int]:
+    """The file of one sample (3, H, W) or (T, 3, H, W), and how many times it is enlarged there."""
+    if media.ndim == 4:
+        scale = clips.enlargement(media)
+        return clips.write_clip(stem, media, clips.playback_rate(len(media)), scale), scale
+    file = stem.with_name(f"{stem.name}.png")
+    Image.fromarray(to_uint8(media[None])[0]).save(file)
+    return file, 1
 
 
 def _index(folder: Path, grid: dict[str, Any]) -> None:

@@ -90,6 +90,19 @@ def test_images_that_leave_the_range_of_the_base_are_said(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    "before, after, alarm", [(1.0, 0.49, True), (1.0, 0.51, False), (0.5, 2.0, False), (0.01, 0.001, False)]
+)
+def test_motion_that_fell_by_more_than_half_is_said_unless_there_was_none(
+    tmp_path: Path, before: float, after: float, alarm: bool
+) -> None:
+    base, last = ({"flow": Statistic(flow, 10.0)} for flow in (before, after))
+    text = said(tmp_path, STEADY, statistics={"base": base, "aligned": last})
+    assert ("Motion fell to 49%: from 1.000 pixels per frame of “base” to 0.490 of “aligned”" in text) is alarm
+    assert said(tmp_path, STEADY, statistics={"base": base}) == ""
+    assert said(tmp_path, STEADY, statistics={"base": base, "aligned": {}}) == ""
+
+
+@pytest.mark.parametrize(
     "before, after, expected",
     [(1.0, 0.97, False), (1.0, 0.96, True), (20.0, 19.9, False), (-1.0, -2.0, True), (0.5, None, False)],
 )

@@ -30,7 +30,7 @@ from alignkit.inference.comparing import (
 from alignkit.inference.guide import Guided
 from alignkit.inference.judges import Judges
 from alignkit.inference.method import Calls, Method
-from alignkit.inference.sampling import LINE, MARGIN, Sample
+from alignkit.inference.sampling import LINE, LOWEST, MARGIN, Sample
 from alignkit.inference.side_by_side import NARROWEST, Column, side_by_side
 from tests.policy.zoo import shared
 
@@ -211,6 +211,7 @@ def test_long_words_stay_in_their_column_and_a_video_is_a_strip() -> None:
     samples = [Sample("a prompt that does not fit at all " * 9, 0, torch.zeros(9, 3, 16, 24))]
     left, right = Column("x" * 200, samples, [["score"]]), Column("", samples, [["score"]])
     sheet = side_by_side([left, right])
-    assert sheet.width == 2 * (max(NARROWEST, 24 * 4) + 2 * MARGIN)
+    frames, zoom, gap = 4, LOWEST // 16, 2
+    assert sheet.width == 2 * ((zoom * 24 + gap) * frames + gap + 2 * MARGIN)
     middle = sheet.crop((sheet.width // 2 - MARGIN + 1, 0, sheet.width // 2 + MARGIN - 1, sheet.height))
     assert middle.getextrema() == ((255, 255),) * 3
