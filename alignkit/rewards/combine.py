@@ -26,7 +26,7 @@ from alignkit.rewards.base import (
 )
 from alignkit.rewards.deadline import StillRunning, within
 from alignkit.rewards.loading import describe, load
-from alignkit.rewards.of_frames import OfPrefix, check_prefix, frames_needed
+from alignkit.rewards.of_frames import OfPrefix, check_prefix, frames_needed, sparse
 from alignkit.rewards.parts import Counts, bound, check, prepare
 from alignkit.rewards.threads import draws_nothing
 from alignkit.types import Prompt, Scores
@@ -145,6 +145,11 @@ class Weighted:
         """A JSON record of the parts, their weights and the failure policy."""
         parts = [{**describe(reward), "weight": self.weights[name]} for name, reward in self.rewards.items()]
         return {"on_error": self.on_error, "timeout": self.timeout, "rewards": parts}
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the parts look at some frames of videos only, so that the others need not be decoded."""
+        return sparse(self.rewards)
 
     def frames_needed(self, num_frames: int, prompts: Sequence[str]) -> int | None:
         """How many leading frames of videos of `num_frames` the rewards look at in this batch; None: all of them."""

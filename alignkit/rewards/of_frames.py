@@ -43,16 +43,19 @@ class OfPrefix:
         return self.raw(media, prompts).scores
 
 
+def sparse(rewards: Mapping[str, Reward]) -> bool:
+    """Whether all of these rewards that see media look at some frames only, and one does."""
+    seeing = [reward for reward in rewards.values() if reward.kind != "latent"]
+    return bool(seeing) and all(isinstance(reward, OfFrames) for reward in seeing)
+
+
 def frames_needed(rewards: Mapping[str, Reward], num_frames: int, prompts: Sequence[Prompt]) -> int | None:
     """How many leading frames of videos of `num_frames` these rewards look at; None: all of them."""
-    most = 0
-    for reward in rewards.values():
-        if reward.kind == "latent":
-            continue
-        if not isinstance(reward, OfFrames):
-            return None
-        most = max(most, int(reward.chosen(num_frames, prompts).max()) + 1)
-    return most if 0 < most < num_frames else None
+    if not sparse(rewards):
+        return None
+    looking = [reward for reward in rewards.values() if isinstance(reward, OfFrames)]
+    most = max(int(reward.chosen(num_frames, prompts).max()) + 1 for reward in looking)
+    return most if most < num_frames else None
 
 
 def check_prefix(

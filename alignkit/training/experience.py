@@ -124,7 +124,8 @@ def collect(
     poll: Callable[[], None],
     keep_media: bool = False,
 ) -> Experience:
-    """Sample `group_size` times per prompt, decode, score.
+    """Sample `group_size` times per prompt, decode, score. Of videos whose rewards look at some frames only, no more
+    than the first frames up to the last of those are decoded.
 
     Args:
         cond: one sample per prompt.
@@ -137,16 +138,18 @@ def collect(
     size = batch or len(whole)
     parts: list[Rollouts] = []
     kept: list[torch.Tensor] = []
+    num_frames = policy.num_frames(cond) if scoring.sparse and not keep_media else None
     with scoring.gather(poll, group_size) as gathering:
         for start in range(0, len(whole), size):
             piece = whole[start : start + size]
             rolled = rollout(piece, rng=generators(len(piece), *key, first=first + start))
+            frames = None if num_frames is None else scoring.rewards.frames_needed(num_frames, piece.prompts)
             with torch.no_grad():
-                media = policy.decode(rolled.x0, piece)
+                media = policy.decode(rolled.x0, piece, frames)
             poll()
             parts.append(rolled)
             kept += [media] if keep_media else []
-            gathering.add(media, piece.prompts, rolled.x0)
+            gathering.add(media, piece.prompts, rolled.x0, None if frames is None else num_frames)
             poll()
         scored = gathering.scored()
     groups = torch.arange(len(cond)).repeat_interleave(group_size)

@@ -118,11 +118,22 @@ class Scoring:
         """Score batches as they come; `poll` is asked while they are waited for."""
         return Gathering(self, poll, group_size if self.rewards.groupwise else 1)
 
-    def begin(self, media: torch.Tensor, prompts: Sequence[Prompt], latents: torch.Tensor | None) -> Future[Scored]:
+    @property
+    def sparse(self) -> bool:
+        """Whether some frames of videos are enough to score them."""
+        return self.embed is None and self.rewards.sparse
+
+    def begin(
+        self,
+        media: torch.Tensor,
+        prompts: Sequence[Prompt],
+        latents: torch.Tensor | None,
+        num_frames: int | None = None,
+    ) -> Future[Scored]:
         """Start to score a batch; media and latents are not changed meanwhile."""
 
         def job() -> Scored:
-            return self._score(media, prompts, latents)
+            return self._score(media, prompts, latents, num_frames)
 
         if self.worker is not None and self._proven:
             return self.worker.submit(job)
@@ -132,12 +143,14 @@ class Scoring:
         self.rewards.watched, self._proven = False, True
         return done
 
-    def _score(self, media: torch.Tensor, prompts: Sequence[Prompt], latents: torch.Tensor | None) -> Scored:
+    def _score(
+        self, media: torch.Tensor, prompts: Sequence[Prompt], latents: torch.Tensor | None, num_frames: int | None
+    ) -> Scored:
         home = media.device
         if self.device is not None:
             media = media.to(self.device)
             latents = None if latents is None else latents.to(self.device)
-        scores = self.rewards(media, prompts, latents)
+        scores = self.rewards(media, prompts, latents, num_frames=num_frames)
         parts = {name: part.to(home) for name, part in scores.parts.items()}
         features = None
         if self.embed is not None:
@@ -163,8 +176,18 @@ class Gathering:
         self._latents: list[torch.Tensor] = []
         self._prompts: list[Prompt] = []
 
-    def add(self, media: torch.Tensor, prompts: Sequence[Prompt], latents: torch.Tensor | None = None) -> None:
-        """Score these samples, as soon as their groups are whole where a reward compares a group."""
+    def add(
+        self,
+        media: torch.Tensor,
+        prompts: Sequence[Prompt],
+        latents: torch.Tensor | None = None,
+        num_frames: int | None = None,
+    ) -> None:
+        """Score these samples, as soon as their groups are whole where a reward compares a group.
+
+        Args:
+            num_frames: the media are the first frames of videos of so many; None: they are whole.
+        """
         for earlier in self._pending:
             if earlier.done():
                 earlier.result()  # an error surfaces as soon as it can
@@ -176,7 +199,8 @@ class Gathering:
             return
         whole = torch.cat(self._media) if len(self._media) > 1 else self._media[0]
         below = torch.cat(self._latents) if self._latents else None
-        begun = self.scoring.begin(whole[:ready], self._prompts[:ready], None if below is None else below[:ready])
+        of = None if below is None else below[:ready]
+        begun = self.scoring.begin(whole[:ready], self._prompts[:ready], of, num_frames)
         self._pending.append(begun)
         left = ready < len(self._prompts)
         self._media = [whole[ready:]] if left else []

@@ -1,0 +1,63 @@
+"""A round decodes the frames that its rewards look at, and gets the scores of whole videos."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from alignkit.flow.plan import deterministic
+from alignkit.policy import Policy
+from alignkit.rewards import Weighted, load
+from alignkit.rewards.video import FrameDifference, Segmental
+from alignkit.training.experience import Experience, collect
+from alignkit.training.scoring import Scoring, Worker
+from alignkit.types import Prompt
+from tests.policy.test_frames import received
+from tests.policy.zoo import ZOO, shared
+
+FRAMES = 9
+BRIGHTNESS = load("brightness")
+EARLY = Segmental(BRIGHTNESS, segments=1, frames="middle")  # frame 4 of 9, the last of the second latent frame of three
+
+
+@pytest.fixture(scope="module")
+def policy() -> Any:
+    with Policy(shared("wan_t2v")) as policy:
+        yield policy
+
+
+def collected(policy: Policy, scoring: Scoring, **how: Any) -> tuple[Experience, list[int]]:
+    """Four samples, two at a time; with how many latent frames reached the decoder in each call of the round."""
+    call = {**ZOO["wan_t2v"].call, "guidance_scale": 1.0, "num_frames": FRAMES}
+    cond = policy.condition([Prompt("a cat", id=0), Prompt("a dog", id=1)], num_steps=1, **call)
+
+    def rollout(cond: Any, *, rng: list[torch.Generator]) -> Any:
+        return policy.rollout(cond, deterministic(1), rng)
+
+    policy.num_frames(cond)
+    policy.latent_frames(5, cond)  # the decoder is watched before it is counted
+    with received(policy.pipe.vae) as shapes:
+        experience = collect(
+            policy, cond, rollout, scoring, group_size=2, batch=2, key=(0,), first=0, poll=lambda: None, **how
+        )
+    return experience, [shape[2] for shape in shapes]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_round_decodes_what_its_rewards_look_at_and_scores_whole_videos(policy: Policy, beside: bool) -> None:
+    worker = Worker() if beside else None
+    found, decoded = collected(policy, Scoring(Weighted(EARLY), worker=worker))
+    whole, all_decoded = collected(policy, Scoring(Weighted(EARLY)), keep_media=True)
+    if worker is not None:
+        worker.close()
+    assert decoded == [2, 2] and all_decoded == [3, 3]
+    assert found.media is None and whole.media is not None and whole.media.shape[1] == FRAMES
+    torch.testing.assert_close(found.scores.total, whole.scores.total)
+    torch.testing.assert_close(found.scores.parts["segmental"], BRIGHTNESS(whole.media[:, 4], whole.cond.prompts))
+
+
+def test_what_looks_at_whole_videos_gets_them(policy: Policy) -> None:
+    assert collected(policy, Scoring(Weighted([(EARLY, 1.0), (FrameDifference(), 0.5)])))[1] == [3, 3]
+    assert collected(policy, Scoring(Weighted(EARLY), embed=lambda media: media.flatten(1)))[1] == [3, 3]
