@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from alignkit.training.euphonium import Euphonium
     from alignkit.training.follow import Follow
     from alignkit.training.grpo import GRPO
+    from alignkit.training.instruct_video import InstructVideo
     from alignkit.training.kto import KTO
     from alignkit.training.matching import Levels
     from alignkit.training.nft import NFT
@@ -59,6 +60,7 @@ __all__ = [
     "CRD",
     "Regional",
     "ValueGradient",
+    "InstructVideo",
     "Critic",
     "Follow",
     "Levels",
@@ -95,6 +97,7 @@ _HOMES = {
     "alignkit.training.crd": ("CRD",),
     "alignkit.training.regional": ("Regional",),
     "alignkit.training.value_gradient": ("ValueGradient",),
+    "alignkit.training.instruct_video": ("InstructVideo",),
     "alignkit.training.adversary": ("Critic",),
     "alignkit.training.follow": ("Follow",),
     "alignkit.training.matching": ("Levels",),

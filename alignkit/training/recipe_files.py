@@ -44,6 +44,7 @@ TRAINERS = {
     "CRD": "crd",
     "Regional": "regional",
     "ValueGradient": "value_gradient",
+    "InstructVideo": "instruct_video",
     "RewardModel": "reward_model",
     "Comparison": "recipe_files",
 }
