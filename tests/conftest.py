@@ -1,4 +1,4 @@
-"""What every test gets: no hub, one thread per worker, and GPU tests skipped where there is no GPU."""
+"""What every test gets: no hub, one thread per worker, no latents of other runs, GPU tests skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("ALIGNKIT_CACHE", "off")
 
 import pytest
 import torch

@@ -20,6 +20,7 @@ from alignkit.errors import DataError
 
 FIRST_FRAME = "000.png"
 """A folder of frames begins with this file; the others follow in the order of their names."""
+PIECE = 2**20  # bytes of a file that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,19 @@ def same_content(first: Medium, second: Medium) -> bool:
             return False
         if first.is_file() and first.stat().st_size != second.stat().st_size:
             return False
-    return all(a == b for a, b in itertools.zip_longest(_contents(first), _contents(second)))
+    return all(a == b for a, b in itertools.zip_longest(contents(first), contents(second)))
 
 
-def _contents(medium: Medium) -> Iterator[bytes]:
+def contents(medium: Medium) -> Iterator[bytes]:
+    """The encoded bytes, in pieces of at most `PIECE`; of a folder of frames those of one frame after the other."""
     if isinstance(medium, Embedded):
-        yield medium.read()
-    elif medium.is_dir():
-        for frame in sorted(medium.glob("*.png")):
-            yield frame.read_bytes()
-    else:
-        yield medium.read_bytes()
+        whole = medium.read()
+        yield from (whole[start : start + PIECE] for start in range(0, len(whole), PIECE))
+        return
+    for file in sorted(medium.glob("*.png")) if medium.is_dir() else [medium]:
+        with file.open("rb") as content:
+            while piece := content.read(PIECE):
+                yield piece
 
 
 def read_image(medium: Medium) -> torch.Tensor:

@@ -8,20 +8,23 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torchvision.transforms.functional import center_crop, resize
 
+from alignkit.data.latent_cache import LatentCache, content_hash, default_cache, encoder_hash, latent_key
 from alignkit.data.preferences import Found, Pair, ScoredSample, load_pairs, load_samples, value_of
-from alignkit.data.stored import Medium, StoredLatents, read_image, read_video
+from alignkit.data.stored import Medium, StoredLatents, read_image
+from alignkit.data.video import read_video
 from alignkit.errors import DataError
 from alignkit.policy import Conditioning, Policy
 from alignkit.training.experience import Experience
 from alignkit.training.seeds import generator
 from alignkit.types import Prompt, Rollouts, Scores
 
-KEPT = 2048
-"""Encoded samples that are kept, on the CPU, so that a small file is encoded once."""
+KEPT = 2**30
+"""Bytes of encoded samples that are kept in memory, on the CPU; the rest are read from the cache on disk."""
 
 
 class OfflineData:
@@ -30,6 +33,7 @@ class OfflineData:
     Args:
         path: file or folder of any format of `preference_formats.FORMATS`.
         kind: "pairs", or "samples": both sides of pairs are samples then.
+        cache: where encoded latents are kept between runs; None: `latent_cache.default_cache()`.
 
     Attributes:
         prompts: the file's prompts, each once; their ids are the file's own where it has whole numbers.
@@ -39,8 +43,9 @@ class OfflineData:
         DataError: nothing usable, or a damaged row; names it.
     """
 
-    def __init__(self, path: str | Path, kind: Literal["pairs", "samples"]) -> None:
+    def __init__(self, path: str | Path, kind: Literal["pairs", "samples"], cache: LatentCache | None = None) -> None:
         self.kind = kind
+        self._cache = default_cache() if cache is None else cache
         self.found: Found = load_pairs(path) if kind == "pairs" else load_samples(path)
         self.prompts: list[Prompt] = self.found.prompts
         self._rows: dict[int, list[Any]] = {}
@@ -51,6 +56,8 @@ class OfflineData:
         self._rewards = tuple(dict.fromkeys(name for row in samples for name in row.rewards))
         self._sizes: dict[tuple[Any, ...], tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._encoded: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
+        self._contents: dict[Medium, str] = {}
+        self._encoders: WeakKeyDictionary[Policy, str | None] = WeakKeyDictionary()
 
     def sentence(self, group_size: int = 1) -> str:
         """What a user should know before training on it."""
@@ -120,16 +127,36 @@ class OfflineData:
             latents = None if stored is None else stored.read(made_by)
             if latents is None or latents.shape != shape:
                 if key not in self._encoded:
-                    # alone: beside others its last bits would depend on what is kept, and so on where a run began
-                    picture = _fitted(medium, kind, pixels, where)[None].to(policy.driver.device)
-                    with torch.no_grad():
-                        self._encoded[key] = policy.encode(picture, cond[[i]])[0].float().cpu()
+                    self._encoded[key] = self._cached(policy, cond[[i]], medium, kind, where)
                 self._encoded.move_to_end(key)
                 latents = self._encoded[key]
             found.append(latents)
-        while len(self._encoded) > KEPT:
+        while sum(kept.nbytes for kept in self._encoded.values()) > KEPT:
             self._encoded.popitem(last=False)
         return torch.stack(found).to(policy.driver.device)
+
+    def _cached(self, policy: Policy, cond: Conditioning, medium: Medium, kind: str, where: str) -> torch.Tensor:
+        """One sample's latents: as an earlier epoch or run encoded them, else encoded now."""
+        shape, pixels = self._size(policy, cond)
+        encoder = None if self._cache is None else self._encoder(policy)
+        if self._cache is None or encoder is None:
+            return _encoded(policy, cond, medium, kind, pixels, where)
+        if medium not in self._contents:
+            self._contents[medium] = content_hash(medium)
+        frames = f"{pixels[0]} spread evenly" if kind == "video" else "one"
+        key = latent_key(self._contents[medium], frames, pixels, shape, encoder)
+        latents = self._cache.read(key)
+        if latents is None:
+            latents = _encoded(policy, cond, medium, kind, pixels, where)
+            self._cache.write(key, latents)
+        return latents
+
+    def _encoder(self, policy: Policy) -> str | None:
+        if policy not in self._encoders:
+            parts = {n: part for n, part in policy.pipe.components.items() if isinstance(part, torch.nn.Module)}
+            vaes = {n: part for n, part in parts.items() if {"encode", "decode"} <= set(dir(type(part)))}
+            self._encoders[policy] = encoder_hash(type(policy.pipe).__name__, vaes)
+        return self._encoders[policy]
 
     def _size(self, policy: Policy, cond: Conditioning) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of one sample's latents and of its pixels under a conditioning."""
@@ -140,6 +167,15 @@ class OfflineData:
                 pixels = policy.decode(torch.zeros_like(latents), cond[[0]])
             self._sizes[key] = (tuple(latents.shape[1:]), tuple(pixels.shape[1:]))
         return self._sizes[key]
+
+
+@torch.no_grad()
+def _encoded(
+    policy: Policy, cond: Conditioning, medium: Medium, kind: str, pixels: tuple[int, ...], where: str
+) -> torch.Tensor:
+    # alone: beside others its last bits would depend on what is kept, and so on where a run began
+    picture = _fitted(medium, kind, pixels, where)[None].to(policy.driver.device)
+    return policy.encode(picture, cond)[0].float().cpu()
 
 
 def _fitted(medium: Medium, kind: str, size: tuple[int, ...], where: str) -> torch.Tensor:
