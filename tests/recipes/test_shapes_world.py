@@ -178,7 +178,7 @@ def test_pretraining_pairs_have_each_fault_in_the_share_that_is_stated():
     np.testing.assert_allclose(wrong[~still & ~jerky].mean(), faults.wrong_direction, atol=0.03)
 
 
-def test_pretraining_neither_names_nor_shows_anything_held_out_but_in_faulty_clips():
+def test_pretraining_uses_training_prompts_alone_and_shows_the_colour_and_shape_they_name():
     train, _ = world.split_prompts()
     rng = np.random.default_rng(8)
     for _ in range(800):
