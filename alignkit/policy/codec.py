@@ -24,7 +24,7 @@ from torch import nn
 from alignkit.errors import PolicyError, RecipeError
 from alignkit.policy.conditioning import Conditioning
 from alignkit.policy.driver import Driver
-from alignkit.policy.frames import Call, Decode, Decoding, Replace, Watched, check, cutting, numbering, picking, read
+from alignkit.policy.frames import Call, Decoding, Own, Replace, Watched, check, cutting, numbering, picking, read
 from alignkit.policy.onestep import session_from
 from alignkit.policy.session import Session
 from alignkit.policy.standin import class_attribute
@@ -51,6 +51,7 @@ class Codec:
     def __init__(self, driver: Driver) -> None:
         self.driver, self.pipe = driver, driver.pipe
         self.watched = Watched()
+        self.batch: int | None = None  # samples decoded at once; None: all
         self._said_bare_decode = False
 
     def decode(self, x0: torch.Tensor, cond: Conditioning, frames: int | None = None) -> torch.Tensor:
@@ -59,6 +60,9 @@ class Codec:
         Args:
             frames: only so many first frames, (B, frames, 3, H, W), from the fewest latents that give them.
         """
+        if self.batch is not None and len(x0) > self.batch:
+            pieces = [slice(start, start + self.batch) for start in range(0, len(x0), self.batch)]
+            return torch.cat([self.decode(x0[piece], cond[piece], frames) for piece in pieces])
         replace = None if frames is None else self._replacement(x0, cond, frames)
         media = self._media(x0, cond, replace, grad=torch.is_grad_enabled())[:, :frames]
         return media + (media.clamp(0, 1) - media).detach()
@@ -227,7 +231,7 @@ def _noting(seen: Decoder, media: torch.Tensor) -> Replace:
     """Decoders that answer zeros in the shape of `media` and note what they were given."""
     seen.given = []
 
-    def replace(name: str, own: Decode) -> Decode:
+    def replace(name: str, own: Own) -> Own:
         def decode(z: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
             assert seen.given is not None
             seen.name = name

@@ -23,8 +23,8 @@ SIDE = 4  # latents of a probe are at most this high and wide
 LOUD = 10.0  # what comes after the cut, in standard deviations
 EXACT = 1e-3  # of the largest pixel, in float32; convolutions in TF32 round by less
 
-Decode = Callable[..., Any]
-Replace = Callable[[str, Decode], Decode]
+Own = Callable[..., Any]
+Replace = Callable[[str, Own], Own]
 """(component, its own decode) -> what the pipeline calls instead."""
 
 
@@ -55,7 +55,7 @@ class Decoding:
 def numbering(calls: list[Call]) -> Replace:
     """Decoders that note their calls and answer pictures (or one-frame videos) whose pixels are the row's number."""
 
-    def replace(name: str, own: Decode) -> Decode:
+    def replace(name: str, own: Own) -> Own:
         def decode(z: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
             first = sum(len(call.z) for call in calls)
             calls.append(Call(name, z, args, kwargs))
@@ -186,7 +186,7 @@ def run(vae: nn.Module, call: Call, z: torch.Tensor) -> torch.Tensor:
 def cutting(count: int) -> Replace:
     """Decoders of videos that are given the first `count` latents."""
 
-    def replace(name: str, own: Decode) -> Decode:
+    def replace(name: str, own: Own) -> Own:
         def decode(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             return own(z[:, :, :count], *args, **kwargs)
 
@@ -199,7 +199,7 @@ def picking(wanted: torch.Tensor) -> Replace:
     """Decoders of pictures that decode the wanted rows, (rows of all calls,) bool, and answer zeros for the others."""
     begun = 0
 
-    def replace(name: str, own: Decode) -> Decode:
+    def replace(name: str, own: Own) -> Own:
         def decode(z: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
             nonlocal begun
             rows = wanted[begun : begun + len(z)].nonzero().flatten().to(z.device)

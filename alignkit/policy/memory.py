@@ -136,6 +136,55 @@ def decoding(vae: nn.Module, *, dtype: torch.dtype | None = None, tiling: bool |
             vars(layer).update(before)
 
 
+@dataclass(frozen=True)
+class Decode:
+    """How decoders trade time for memory. None leaves a setting as the pipeline has it.
+
+    Attributes:
+        slicing: sample after sample: the same pixels.
+        tiling: large pictures in tiles that overlap and are blended: pixels differ by what a tile does not see.
+        framewise: long videos in chunks of frames that overlap and are blended: pixels differ likewise.
+        batch: samples that are decoded at once, with any pipeline; None: all. The same pixels.
+    """
+
+    slicing: bool | None = None
+    tiling: bool | None = None
+    framewise: bool | None = None
+    batch: int | None = None
+
+
+def decoders(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's autoencoders by component name."""
+    both = ("encode", "decode")
+    return {n: m for n, m in components(pipe).items() if all(class_attribute(type(m), name) for name in both)}
+
+
+def set_decoding(pipe: Any, how: Decode) -> None:
+    """Switch the settings of a pipeline's decoders; `remember` puts them back.
+
+    Raises:
+        RecipeError: a decoder that has not the setting; nothing was switched then.
+    """
+    if how.batch is not None and how.batch < 1:
+        raise RecipeError(f"decode.batch={how.batch}; expected at least 1, or None for all samples at once")
+    asked = {name: value for name in ("slicing", "tiling", "framewise") if (value := getattr(how, name)) is not None}
+    flags = {"slicing": "use_slicing", "tiling": "use_tiling", "framewise": "use_framewise_decoding"}
+    for name, vae in decoders(pipe).items():
+        for setting in asked:
+            if flags[setting] not in vars(vae):
+                able = [other for other, flag in flags.items() if flag in vars(vae)]
+                raise RecipeError(
+                    f"decode.{setting}={asked[setting]}: {name} ({type(vae).__name__}) has no such setting; it has "
+                    f"{', '.join(able) or 'none'}, and decode.batch works with every pipeline"
+                )
+    for vae in decoders(pipe).values():
+        for setting, on in asked.items():
+            if setting == "framewise":
+                vars(vae)[flags[setting]] = on
+            else:  # the decoder's own switch may set more than the flag
+                getattr(vae, f"{'enable' if on else 'disable'}_{setting}")()
+
+
 # encoders
 
 

@@ -26,7 +26,7 @@ from alignkit.policy.conditioning import Conditioning
 from alignkit.policy.driver import Driver
 from alignkit.policy.features import features, first_blocks
 from alignkit.policy.lora_formats import load_lora
-from alignkit.policy.memory import Offloaded, offload_encoders, remember
+from alignkit.policy.memory import Decode, Offloaded, offload_encoders, remember, set_decoding
 from alignkit.policy.onestep import mixed_step, one_step, visit_of
 from alignkit.policy.rolling import Poll, Rolling, prediction_of, steps_of, transition_at, velocity_at, with_repeats
 from alignkit.policy.session import Stop, Visit
@@ -322,6 +322,16 @@ class Policy:
         """
         with self._lock:
             return self.codec.decode(x0, cond, frames)
+
+    def set_decoding(self, how: Decode) -> None:
+        """How `decode` trades time for memory from now on; `close` puts the decoder's settings back.
+
+        Raises:
+            RecipeError: the decoder has not such a setting.
+        """
+        with self._lock:
+            set_decoding(self.pipe, how)
+            self.codec.batch = how.batch
 
     def num_frames(self, cond: Conditioning) -> int:
         """Frames of a video that is decoded whole. Raises RecipeError for a pipeline of pictures."""

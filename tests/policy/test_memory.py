@@ -13,6 +13,7 @@ from alignkit.errors import RecipeError
 from alignkit.policy import LoRA, Policy
 from alignkit.policy.adapters import denoisers
 from alignkit.policy.memory import (
+    Decode,
     Offloaded,
     checkpointing,
     components,
@@ -22,7 +23,8 @@ from alignkit.policy.memory import (
     remember,
     size,
 )
-from tests.policy.zoo import PROMPTS, ZOO
+from tests.policy.test_frames import received
+from tests.policy.zoo import PROMPTS, ZOO, shared
 
 CALL = {**ZOO["sd3"].call, "guidance_scale": 1.0}
 
@@ -230,3 +232,60 @@ def test_offloading_frees_the_encoders_bytes_on_a_gpu_and_conditioning_still_wor
         assert policy.model_output(x, cond.timesteps[0], cond).device.type == "cuda"
         assert pipe.text_encoder.device.type == "cpu"
     assert pipe.text_encoder.device.type == "cuda"
+
+
+# how decoders trade time for memory
+
+
+def decoded(how: Decode | None, name: str = "wan_t2v") -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+    """Three short videos or pictures, and the shapes that reached the decoder's network."""
+    pipe = shared(name)
+    with Policy(pipe) as policy:
+        cond = policy.condition(["a cat", "a dog", "a cow"], num_steps=1, **{**ZOO[name].call, "guidance_scale": 1.0})
+        x = policy.initial_latents(cond, torch.Generator().manual_seed(0))
+        if how is not None:
+            policy.set_decoding(how)
+        with torch.no_grad(), received(pipe.vae) as shapes:
+            return policy.decode(x, cond), shapes
+
+
+@pytest.mark.parametrize(
+    ("how", "batches"), [(Decode(slicing=True), [1, 1, 1]), (Decode(batch=2), [2, 1]), (Decode(), [3])]
+)
+def test_decoding_in_parts_gives_the_same_pixels(how: Decode, batches: list[int]) -> None:
+    whole, _ = decoded(None)
+    found, shapes = decoded(how)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+    assert [shape[0] for shape in shapes] == batches
+
+
+def test_sliced_first_frames_are_those_of_the_whole() -> None:
+    pipe = shared("wan_t2v")
+    with Policy(pipe) as policy, torch.no_grad():
+        cond = policy.condition(list(PROMPTS), num_steps=1, **ZOO["wan_t2v"].call)
+        x = policy.initial_latents(cond, torch.Generator().manual_seed(0))
+        whole = policy.decode(x, cond)
+        policy.set_decoding(Decode(slicing=True, batch=1))
+        torch.testing.assert_close(policy.decode(x, cond, frames=1), whole[:, :1], rtol=0, atol=1e-6)
+
+
+def test_settings_of_the_decoder_go_back_when_the_policy_closes() -> None:
+    pipe = ZOO["ltx_t2v"].build()
+    names = ("use_slicing", "use_tiling", "use_framewise_decoding", "tile_sample_min_height")
+    before = {name: vars(pipe.vae)[name] for name in names}
+    with Policy(pipe) as policy:
+        policy.set_decoding(Decode(slicing=True, tiling=True, framewise=True))
+        assert pipe.vae.use_slicing and pipe.vae.use_tiling and pipe.vae.use_framewise_decoding
+        policy.set_decoding(Decode(tiling=False))
+        assert pipe.vae.use_slicing and not pipe.vae.use_tiling  # None leaves what is set
+    assert {name: vars(pipe.vae)[name] for name in names} == before
+
+
+def test_a_setting_that_a_decoder_has_not_is_refused_before_anything_is_switched() -> None:
+    pipe = ZOO["wan_t2v"].build()
+    with Policy(pipe) as policy:
+        with pytest.raises(RecipeError, match=r"decode.framewise=True: vae \(AutoencoderKLWan\) .* slicing, tiling"):
+            policy.set_decoding(Decode(slicing=True, framewise=True))
+        assert not pipe.vae.use_slicing
+        with pytest.raises(RecipeError, match="decode.batch=0"):
+            policy.set_decoding(Decode(batch=0))
