@@ -1,9 +1,10 @@
-"""Commands that draw and score pictures."""
+"""Commands that draw and score pictures and videos."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ def sample(args: argparse.Namespace) -> int:
     for name in ("num", "steps", "batch"):
         if vars(args)[name] < 1:
             raise RecipeError(f"--{name} {vars(args)[name]} must be at least 1")
+    if not 0 < args.fps < math.inf:
+        raise RecipeError(f"--fps {args.fps:g} must be above 0, in frames per second")
     _require_guide_and_reward(args)
     if args.guide is not None:
         return _guided(args, call, loras)
@@ -41,7 +44,7 @@ def sample(args: argparse.Namespace) -> int:
     drawn = sampling.sample(
         pipe, args.prompts, num=args.num, steps=args.steps, seed=args.seed, call=call, batch=args.batch
     )
-    files = sampling.write(drawn, args.out)
+    files = sampling.write(drawn, args.out, fps=args.fps)
     print(f"{len(drawn)} samples; contact sheet: {files[-1]}")
     return 0
 
@@ -87,7 +90,7 @@ def _guided(args: argparse.Namespace, call: dict[str, Any], loras: list[tuple[st
     drawn = {"num": args.num, "steps": args.steps, "seed": args.seed, "call": call, "batch": args.batch}
     rows = comparing.compare(_opened(args, loras), args.prompts, judges, compared, **drawn)
     print_table("means over all samples; calls, decodes and seconds per sample", *comparing.table(rows))
-    files = sampling.write(rows[-1].samples, args.out, side_by_side(comparing.columns(rows)))
+    files = sampling.write(rows[-1].samples, args.out, side_by_side(comparing.columns(rows)), args.fps)
     about = {"model": args.model, "lora": args.lora, "prompts": args.prompts, **drawn}
     files.append(files[-1].with_suffix(".json"))
     files[-1].write_text(json.dumps(comparing.record(rows, **about), indent=1, allow_nan=False), encoding="utf-8")
@@ -116,7 +119,7 @@ def score(args: argparse.Namespace) -> int:
         prompts = load_prompts(args.prompts)
     else:
         prompts = [Prompt(args.prompt, id=i) for i in range(len(args.images))]
-    found = score_files(split_specs(args.rewards), args.images, prompts)
+    found = score_files(split_specs(args.rewards), args.images, prompts, args.frames)
     if args.json:
         return print_json(found)
     names = list(found[0]["scores"])

@@ -175,7 +175,7 @@ def motion_panels(bands: Mapping[str, Mapping[str, Band]]) -> list[Panel]:
     """What clips do from frame to frame, a curve for each grid that has clips."""
     titles = {
         "flow": "optical flow, pixels per frame",
-        "brightness": "brightness, distance from the clip's own mean",
+        "brightness": "brightness around the clip's mean",
     }
     between = list(plots.OTHERS[1:])
     colours = [plots.GUIDANCE, *between[: max(0, len(bands) - 2)], plots.TRAINED][: len(bands)]

@@ -22,7 +22,7 @@ from alignkit.rewards.pixels import to_uint8
 
 BATCH = 8
 MARGIN, LINE = 6, 14  # pixels of the contact sheet
-SHOWN_FRAMES = 8
+SHOWN_FRAMES = 9
 LOWEST, HIGHEST = 64, 192  # pixels of the shorter side of a video's frames on a sheet
 
 
@@ -177,7 +177,7 @@ def write(samples: Sequence[Sample], out: Path, sheet: Image.Image | None = None
 
 
 def contact_sheet(samples: Sequence[Sample], columns: int = 4, captions: Sequence[str] | None = None) -> Image.Image:
-    """All samples on one picture, a video as one row of up to eight of its frames.
+    """All samples on one picture, a video as a row of up to `SHOWN_FRAMES` of its frames.
 
     Args:
         captions: second line under each sample, below its prompt; None: its seed.

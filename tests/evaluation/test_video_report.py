@@ -34,7 +34,7 @@ def test_the_page_plays_every_clip_and_shows_sheets_and_curves(tmp_path: Path) -
     assert sources(found, "img", "image/png") == 2
     for heading in ("The same prompts and seeds", "Frame by frame", "Motion", "Statistics of the clips"):
         assert heading in found.text
-    assert "optical flow, pixels per frame" in found.text and "distance from the clip's own mean" in found.text
+    assert "optical flow, pixels per frame" in found.text and "brightness around the clip's mean" in found.text
     assert [tag for tag, _ in found.tags].count("svg") == 2
     assert all(name in found.text for name in ("frame difference", "flicker", "flow", "saturated fraction"))
     assert "Motion fell" not in found.text and "script" not in {tag for tag, _ in found.tags}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from alignkit.data.prompts import load_prompts
 from alignkit.errors import RecipeError
@@ -155,3 +156,24 @@ def test_names_with_signs_of_mathematics_and_tables_are_shown_as_they_are(recipe
 def test_prompts_of_the_file_are_cut_to_the_limit(recipe: Comparison, folder: Path) -> None:
     assert len(load_prompts(folder / "prompts.txt")) == 3
     assert planning.plan(replace(recipe, limit=2))["prompts"] == 2
+
+
+def test_methods_are_compared_on_a_video_pipeline(folder: Path, tmp_path: Path) -> None:
+    ZOO["ltx_t2v"].build().save_pretrained(tmp_path / "model")
+    recipe = Comparison(
+        model=str(tmp_path / "model"),
+        prompts=str(folder / "prompts.txt"),
+        rewards={"frame_difference": 1.0},
+        arms={"unguided": Arm(), "best of 3": Arm("best_of_n", budget=3.0)},
+        call={**CALL, "num_frames": 5},
+        num_steps=2,
+        seeds=(0, 1),
+        limit=2,
+    )
+    start(recipe, tmp_path / "run")
+    arms = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["arms"]
+    plain, best = (arms[name]["measures"]["frame_difference"] for name in recipe.arms)
+    assert best > plain and arms["unguided"]["diversity"] > 0
+    with Image.open(tmp_path / "run" / "samples.png") as sheet:  # two strips of some frames, each at least 64 pixels
+        assert sheet.width > 2 * 3 * 64 and sheet.height > 2 * 64
+    assert (tmp_path / "run" / "report.html").is_file()
