@@ -303,7 +303,7 @@ def test_score_gives_each_picture_its_own_number(here: Path, capsys: pytest.Capt
 def test_score_refuses_missing_pictures_and_a_wrong_number_of_prompts(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "there is no image gone.png" in refused(capsys, 2, "score", "brightness", "gone.png", "--prompt", "x")
+    assert "no image or video gone.png" in refused(capsys, 2, "score", "brightness", "gone.png", "--prompt", "x")
     (here / "p.txt").write_text("one\ntwo\n", encoding="utf-8")
     message = refused(capsys, 2, "score", "brightness", "a.png", "--prompts", "p.txt")
     assert "1 images and 2 prompts" in message
