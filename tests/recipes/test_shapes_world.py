@@ -1,17 +1,22 @@
-"""The world of moving shapes: its rules, its files, and the tracker that judges it."""
+"""The world of moving shapes: its rules, its files, the tracker that judges it, and the shipped generator."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import LTXPipeline
+from safetensors.torch import load_file as load_tensors
 from scipy import ndimage
 
 from alignkit.errors import RecipeError, RewardError
@@ -21,6 +26,7 @@ from alignkit.types import Prompt
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "shapes"
 ASSETS = Path(__file__).parents[2] / "assets" / "shapes"
+TWELVE_MILLION_BYTES = 12_000_000
 SPEC = "shipped:recipes/shapes/tracker.py:Tracker"
 
 tracker = load_file(RECIPE / "tracker.py")
@@ -30,6 +36,30 @@ world = tracker.world
 @pytest.fixture(scope="module")
 def record() -> dict:
     return json.loads((ASSETS / "world.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def shipped() -> LTXPipeline:
+    pipe = LTXPipeline.from_pretrained(ASSETS / "generator")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def neighbour(name: str) -> ModuleType:
+    """A script of the recipe, whose files import each other by names that scripts of another world have too."""
+    names = {file.stem for file in RECIPE.glob("*.py")}
+    others = {taken: sys.modules.pop(taken) for taken in names & set(sys.modules)}
+    sys.path.insert(0, str(RECIPE))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(RECIPE))
+        for taken in names & set(sys.modules):
+            del sys.modules[taken]
+        sys.modules.update(others)
+
+
+score = neighbour("score")
 
 
 def as_media(frames: Sequence[np.ndarray]) -> torch.Tensor:
@@ -326,3 +356,89 @@ def test_the_tracker_refuses_an_unknown_part_and_a_prompt_of_another_world():
         load(f'{SPEC}(part="colour")')
     with pytest.raises(RewardError, match="prompt 7: 'a cat' is no prompt of the moving shapes"):
         load(SPEC)(torch.rand(1, 9, 3, 32, 32), [Prompt("a cat", id=7)])
+
+
+# Scores
+
+RIGHT = {"direction": 1.0, "smoothness": 0.97, "steadiness": 0.98, "identity": 1.0, "all": 0.95, "speed": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "good"),
+        ({"direction": 0.0, "speed": 0.1}, "still"),
+        ({"direction": 0.0}, "wrong_direction"),
+        ({"smoothness": 0.3}, "jerky"),
+        ({"steadiness": 0.5}, "flickering"),
+        ({"identity": 8 / 9}, "mistaken"),
+    ],
+)
+def test_a_fault_is_named_by_the_part_that_is_low(change: dict, expected: str):
+    assert [name for name, has in score.faults(RIGHT | change).items() if has] == [expected]
+
+
+def test_a_summary_has_the_shares_of_faults_that_were_drawn():
+    prompts, drawn = clips(24)
+    _, still = clips(24, still=1.0)
+    _, dark = clips(24, flickering=1.0)
+    media = as_media([world.draw(clip) for clip in drawn[:12] + still[12:18] + dark[18:]])
+    found = score.summary(media, prompts)
+    assert (found["good"], found["still"], found["flickering"]) == (0.5, 0.25, 0.25)
+    assert found["wrong_direction"] == found["jerky"] == found["mistaken"] == 0
+
+
+def test_a_group_is_mixed_where_some_of_its_clips_are_good_and_some_are_not():
+    prompts, drawn = clips(4)
+    _, still = clips(4, still=1.0)
+    media = as_media([world.draw(clip) for clip in [*drawn, *still[:1], *drawn[1:]]])
+    assert score.mixed_groups(media, prompts * 2, seeds=2) == 0.25
+
+
+# The generator
+
+
+def draw_plainly(pipe: LTXPipeline, prompts: list[str], **call: Any) -> torch.Tensor:
+    """(B, T, 3, H, W) in four steps from fixed seeds."""
+    rng = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    size = {"height": world.SIZE, "width": world.SIZE, "num_frames": world.FRAMES, "max_sequence_length": 8}
+    call = {**size, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt", **call}
+    return torch.as_tensor(pipe(prompt=prompts, generator=rng, **call).frames)
+
+
+def test_the_shipped_generator_loads_plainly_and_draws_the_prompted_colour(shipped: LTXPipeline):
+    clips = draw_plainly(shipped, ["a red circle falls", "a blue circle falls"])
+    assert clips.shape == (2, world.FRAMES, 3, world.SIZE, world.SIZE) and clips.isfinite().all()
+    red, blue = clips.amax(dim=(1, 3, 4))
+    assert red[0] - red[2] > 0.2 and blue[2] - blue[0] > 0.2
+
+
+def test_guidance_changes_the_clip(shipped: LTXPipeline):
+    plain, guided = (draw_plainly(shipped, ["a red circle falls"], guidance_scale=g) for g in (1.0, 3.0))
+    assert (plain - guided).abs().max() > 0.01
+
+
+def test_every_word_of_the_world_is_one_token_and_none_is_unknown(shipped: LTXPipeline):
+    every = [prompt for part in world.split_prompts() for prompt in part]
+    words = {word for prompt in every for word in prompt.split()}
+    ids = shipped.tokenizer(every).input_ids
+    assert [len(row) for row in ids] == [len(prompt.split()) + 1 for prompt in every]
+    assert len({token for row in ids for token in row}) == len(words) + 1
+    assert shipped.tokenizer.unk_token_id not in {token for row in ids for token in row}
+
+
+def test_early_frames_are_decoded_from_early_latents_alone(shipped: LTXPipeline):
+    channels = shipped.vae.config.latent_channels
+    latents = torch.randn(1, channels, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, part = shipped.vae.decode(latents).sample, shipped.vae.decode(latents[:, :, :2]).sample
+    assert whole.shape[2] == world.FRAMES
+    torch.testing.assert_close(whole[:, :, : part.shape[2]], part, rtol=1e-4, atol=1e-4)
+
+
+def test_the_shipped_generator_is_float16_on_disk_and_small():
+    files = [file for file in (ASSETS / "generator").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < TWELVE_MILLION_BYTES
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    assert len(weights) == 3
+    assert {tensor.dtype for file in weights for tensor in load_tensors(file).values()} == {torch.float16}
