@@ -17,6 +17,7 @@ from alignkit.types import Prompt
 Kind = Literal["image", "video"]
 Dimension = str | Mapping[str, float] | None
 Numbers = Mapping[str, float]
+Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Comparison:
         first, second: the two media; None: the row names none.
         verdict: above 0 if the first is better, below 0 if the second, 0 for a tie, None for no label.
         missing: a named file is not there.
+        rewards, latents, facts: of either side: scores, where its latents lie, and what else the file says of it, such
+            as a video's fps, num_frames and model.
     """
 
     where: str
@@ -44,6 +47,7 @@ class Comparison:
     missing: bool = False
     rewards: tuple[Numbers, Numbers] = field(default_factory=lambda: ({}, {}))
     latents: tuple[StoredLatents | None, StoredLatents | None] = (None, None)
+    facts: tuple[Facts, Facts] = field(default_factory=lambda: ({}, {}))
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,16 @@ class Cells:
             raise DataError(f"{self.where}, column {column!r} holds {value!r}; expected a finite number")
         return number
 
-    def numbers(self, column: str) -> Numbers:
-        """{name: number}; scores that could not be computed (null) are left out."""
+    def mapping(self, column: str, expected: str = "an object") -> Facts:
+        """An object; an empty one for an empty cell."""
         value = self.row.get(column) or {}
         if not isinstance(value, Mapping):
-            raise DataError(f"{self.where}, column {column!r} holds {value!r}; expected an object of numbers")
+            raise DataError(f"{self.where}, column {column!r} holds {value!r}; expected {expected}")
+        return value
+
+    def numbers(self, column: str) -> Numbers:
+        """{name: number}; scores that could not be computed (null) are left out."""
+        value = self.mapping(column, "an object of numbers")
         inner = Cells(self.path, self.number, value)
         known = {name: inner.number_or_none(name) for name in value}
         return {name: number for name, number in known.items() if number is not None}
@@ -174,9 +183,10 @@ def of_files(
     source: str,
     kind: Kind = "image",
     weight: float = 1.0,
+    facts: tuple[Facts, Facts] = ({}, {}),
 ) -> Comparison:
     """A comparison of two named files."""
     found = [cells.at("path", name) if name else None for name in names]
     missing = any(name and path is None for name, path in zip(names, found, strict=True))
-    rest = {"kind": kind, "weight": weight, "source": source, "missing": missing}
+    rest = {"kind": kind, "weight": weight, "source": source, "missing": missing, "facts": facts}
     return Comparison(cells.where, prompt, None, found[0], found[1], verdict, **rest)

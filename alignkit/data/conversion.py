@@ -54,6 +54,8 @@ def _pair(row: Pair, out: Path, media: dict[Medium, str]) -> dict[str, Any]:
         **({} if row.margin is None else {"margin": row.margin}),
         **({"chosen_rewards": dict(row.chosen_rewards)} if row.chosen_rewards else {}),
         **({"rejected_rewards": dict(row.rejected_rewards)} if row.rejected_rewards else {}),
+        **({"chosen_facts": dict(row.chosen_facts)} if row.chosen_facts else {}),
+        **({"rejected_facts": dict(row.rejected_facts)} if row.rejected_facts else {}),
     }
 
 

@@ -1,9 +1,9 @@
 """alignkit's own preference files, `pairs.jsonl` and `samples.jsonl`, and folders of pairs: read and written.
 
 A pair is `{prompt, prompt_id, chosen, rejected, margin?, tie?, source?, weight?, chosen_rewards?, rejected_rewards?,
-chosen_latents?, rejected_latents?}`, a scored sample `{prompt, prompt_id, image | video | sample, reward?, rewards?,
-label?, latents?, source?}`. Paths lie inside the file's folder, latents are `file.safetensors#key`, and every other
-column goes with the prompt.
+chosen_latents?, rejected_latents?, chosen_facts?, rejected_facts?}`, a scored sample `{prompt, prompt_id, image | video
+| sample, reward?, rewards?, label?, latents?, source?}`. Paths lie inside the file's folder, latents are
+`file.safetensors#key`, and every other column goes with the prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 ROW = frozenset(("prompt", "prompt_id", "source"))
-SIDES = {f"{side}_{what}" for side in ("chosen", "rejected") for what in ("rewards", "latents")}
+SIDES = {f"{side}_{what}" for side in ("chosen", "rejected") for what in ("rewards", "latents", "facts")}
 PAIR = ROW | SIDES | {"chosen", "rejected", "margin", "tie", "kind", "weight"}
 SAMPLE = ROW | {"reward", "rewards", "label", "latents"}
 """Columns with a meaning of their own; every other column of a row goes with its prompt."""
@@ -58,6 +58,7 @@ def _own_pair(cells: Cells, prompt: Prompt) -> Comparison:
         any(name and path is None for name, path in zip(names, found, strict=True)),
         (cells.numbers("chosen_rewards"), cells.numbers("rejected_rewards")),
         (cells.latents("chosen_latents"), cells.latents("rejected_latents")),
+        (cells.mapping("chosen_facts"), cells.mapping("rejected_facts")),
     )
 
 

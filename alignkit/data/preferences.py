@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.comparisons import Comparison, Kind, Rated
+from alignkit.data.comparisons import Comparison, Rated
 from alignkit.data.preference_formats import FORMATS, detect, read
-from alignkit.data.stored import Medium, StoredLatents, same_content
+from alignkit.data.preference_rows import Numbering, Pair, ScoredSample
+from alignkit.data.stored import same_content
 from alignkit.errors import DataError, RecipeError
 from alignkit.types import Prompt
 
@@ -27,60 +28,6 @@ TIE, UNLABELLED, ONE_SIDED, EQUAL, MISSING = (
     "with the same picture on both sides",
     "whose file is not there",
 )
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two samples of one prompt, one preferred.
-
-    Attributes:
-        prompt: its `id` is that of the prompt, not of the row: pairs of one prompt share it.
-        chosen, rejected: where the two lie.
-        kind: "image" or "video".
-        margin: how much better the chosen one is, above 0, in the source's own unit; None where it does not say.
-        source: the file or data set it comes from.
-        weight: of the row in the loss.
-        chosen_rewards, rejected_rewards: scores by name, where the source has them.
-        chosen_latents, rejected_latents: clean latents, where they were kept.
-        where: file and row, for messages.
-    """
-
-    prompt: Prompt
-    chosen: Medium
-    rejected: Medium
-    kind: Kind = "image"
-    margin: float | None = None
-    source: str = ""
-    weight: float = 1.0
-    chosen_rewards: Mapping[str, float] = field(default_factory=dict)
-    rejected_rewards: Mapping[str, float] = field(default_factory=dict)
-    chosen_latents: StoredLatents | None = None
-    rejected_latents: StoredLatents | None = None
-    where: str = ""
-
-
-@dataclass(frozen=True)
-class ScoredSample:
-    """One sample and what is known of how good it is.
-
-    Attributes:
-        prompt: as in `Pair`.
-        medium, kind: where it lies, "image" or "video".
-        reward: the total; None where only a label is known.
-        rewards: scores by name.
-        label: whether it is desirable; None where nobody said.
-        latents, source, where: as in `Pair`.
-    """
-
-    prompt: Prompt
-    medium: Medium
-    kind: Kind = "image"
-    reward: float | None = None
-    rewards: Mapping[str, float] = field(default_factory=dict)
-    label: bool | None = None
-    latents: StoredLatents | None = None
-    source: str = ""
-    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,36 +60,6 @@ class Found:
         )
 
 
-class Numbering:
-    """Integer ids of a file's prompts: its own where it has whole numbers, else by first appearance, from 1.
-
-    Without ids in the file, rows are of one prompt where text and columns are equal, as they stand in the file.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[Any, Prompt] = {}
-        self._kind: type | None = None
-
-    def __call__(self, where: str, prompt: Prompt, key: int | str | None) -> Prompt:
-        """The prompt with its id.
-
-        Raises:
-            DataError: the id stands for two texts, or only some rows have one.
-        """
-        if self._kind not in (None, type(key)):
-            raise DataError(f"{where}: prompt_id={key!r}; every row of a file has a whole number, or a text, or none")
-        self._kind = type(key)
-        columns = sorted((name, str(value)) for name, value in prompt.columns.items())
-        own = (str(prompt), str(columns)) if key is None else key
-        if own not in self._known:
-            number = key if isinstance(key, int) else len(self._known) + 1
-            self._known[own] = Prompt(str(prompt), id=number, columns=prompt.columns)
-        known = self._known[own]
-        if str(known) != str(prompt):
-            raise DataError(f"{where}: prompt_id={key!r} is {str(prompt)!r} here and {str(known)!r} in an earlier row")
-        return known
-
-
 def load_pairs(
     path: str | Path, format: str | None = None, dimension: str | Mapping[str, float] | None = None
 ) -> Found:
@@ -159,11 +76,29 @@ def load_pairs(
         DataError: nothing usable, with what was found; a damaged row, with its number; a path that leaves the folder.
         RecipeError: an unknown format or dimension.
     """
-    path, name = _existing(path), format
-    name = _known(path, name)
+    path = _existing(path)
+    name = _known(path, format)
     left: Counter[str] = Counter()
-    rows = list(_pairs(read(path, name, dimension), left))
+    rows = list(stream_pairs(path, name, dimension, left))
     return _usable(Found(path, rows, left, FORMATS[name].notes), name, "pairs")
+
+
+def stream_pairs(
+    path: str | Path,
+    format: str | None = None,
+    dimension: str | Mapping[str, float] | None = None,
+    left_out: Counter[str] | None = None,
+) -> Iterator[Pair]:
+    """The pairs of `load_pairs` one after the other, for tables that should not lie in memory as a whole.
+
+    Rows that were read are forgotten, prompts are not: they keep their ids. Scored samples have to be kept until the
+    file ends, because a prompt's pairs are made of all of them.
+
+    Args:
+        left_out: counts the rows that are no pairs, by reason, as the reading goes on.
+    """
+    path = _existing(path)
+    return _pairs(read(path, _known(path, format), dimension), Counter() if left_out is None else left_out)
 
 
 def load_samples(
@@ -248,24 +183,27 @@ def _fault(row: Comparison) -> str | None:
 
 def _pair(row: Comparison, number: Numbering) -> Pair:
     assert row.first is not None and row.second is not None and row.verdict is not None
-    sides = [(row.first, row.rewards[0], row.latents[0]), (row.second, row.rewards[1], row.latents[1])]
-    (chosen, own, kept), (rejected, others, kept_too) = sides if row.verdict > 0 else sides[::-1]
+    media = (row.first, row.second)
+    better, worse = (0, 1) if row.verdict > 0 else (1, 0)
+    own, others = row.rewards[better], row.rewards[worse]
     margin = row.margin
     if margin is None and "total" in own and "total" in others and own["total"] > others["total"]:
         margin = own["total"] - others["total"]
     return Pair(
         number(row.where, row.prompt, row.key),
-        chosen,
-        rejected,
+        media[better],
+        media[worse],
         row.kind,
         margin,
         row.source,
         row.weight,
         own,
         others,
-        kept,
-        kept_too,
+        row.latents[better],
+        row.latents[worse],
         row.where,
+        row.facts[better],
+        row.facts[worse],
     )
 
 

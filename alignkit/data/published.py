@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.comparisons import Cells, Comparison, Dimension, Rated, Rows, of_files, schema, table_rows
+from alignkit.data.comparisons import Cells, Comparison, Dimension, Facts, Rated, Rows, of_files, schema, table_rows
 from alignkit.data.stored import Embedded, arrow, damaged
 from alignkit.errors import DataError, RecipeError
 
@@ -119,13 +119,25 @@ VERDICTS = {"a": 1.0, "b": -1.0, "same": 0.0, "": None}
 
 
 def videogen(path: Path, dimension: Dimension) -> Rows:
-    """VideoGen-RewardBench and VideoAlign (2501.13918): VQ, MQ, TA (and Overall) are A, B or same."""
+    """VideoGen-RewardBench and VideoAlign (2501.13918): VQ, MQ, TA (and Overall) are A, B or same.
+
+    What the table says of either video (`fps_A, num_frames_A, A_model`, and of B) is kept as the facts of that side.
+    """
     for number, row in table_rows(path):
         cells = Cells(path, number, row)
         names = (cells.need("path_A"), cells.need("path_B"))
         prompt = cells.prompt(cells.need("prompt"))
         verdict = _vote(cells, _dimensions(cells, dimension))
-        yield of_files(cells, prompt, names, verdict, "videogen-rewardbench", "video")
+        facts = (_facts(cells, "A"), _facts(cells, "B"))
+        yield of_files(cells, prompt, names, verdict, "videogen-rewardbench", "video", facts=facts)
+
+
+def _facts(cells: Cells, side: str) -> Facts:
+    found = {"fps": cells.number_or_none(f"fps_{side}"), "num_frames": cells.number_or_none(f"num_frames_{side}")}
+    if found["num_frames"] is not None:
+        found["num_frames"] = int(found["num_frames"])
+    facts = {**found, "model": cells.row.get(f"{side}_model") or None}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _dimensions(cells: Cells, asked: Dimension) -> Mapping[str, float]:
