@@ -26,6 +26,9 @@ PUBLISHED = {  # parameters of the denoiser in the checkpoint on the hub
     "qwen-image": 20_430_401_088,
     "wan2.1-t2v-1.3b": 1_418_996_800,
     "ltx-video": 1_923_385_472,
+    "hunyuanvideo": 12_821_012_544,
+    "cogvideox-2b": 1_693_783_872,
+    "cogvideox-5b": 5_570_283_072,
 }
 COMPONENTS = [(key, name) for key, model in CONFIGS.items() for name in model["components"]]
 
