@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import shutil
 import string
 from collections.abc import Mapping
@@ -27,6 +28,9 @@ from alignkit.training.tiny_data import write_data
 
 SMALL_ENOUGH = 20_000_000  # parameters; such a pipeline keeps its own sizes
 PIXELS, FRAMES, TEXT_LENGTH = 64, 9, 77
+VIDEO_TEXT = 128
+"""Tokens of a video pipeline's prompt; HunyuanVideo's system prompt takes half of them."""
+STEPS, EVAL_STEPS = 6, 4
 WEIGHTS = ("*.safetensors", "*.bin", "*.msgpack", "*.onnx", "*.safetensors.index.json", "*.h5")
 FIRST_SPECIAL = 151643
 QWEN_SPECIAL = (
@@ -39,6 +43,8 @@ BUILD_FAULTS = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, I
 
 def tiny(recipe: AnyRecipe, out: Path) -> AnyRecipe:
     """The recipe with two steps, two prompts of two samples, and a tiny random model written to `out/model`.
+
+    Evaluations take few denoising steps, and so do rollouts whose plan names none of its steps by number.
 
     A recipe that learns from data gets a few random pictures or videos instead, written to `out/data`.
 
@@ -77,6 +83,10 @@ def _few(recipe: Recipe, pipeline: str) -> dict[str, Any]:
     for name, most in (("height", PIXELS), ("width", PIXELS), ("num_frames", FRAMES)):
         if name in keywords:
             call[name] = min(int(call.get(name) or most), most)
+    own_length = pipeline.startswith("CogVideoX")  # its transformer is built for one length
+    if {"num_frames", "max_sequence_length"} <= keywords.keys() and not own_length:
+        longest = call.get("max_sequence_length", keywords["max_sequence_length"].default)
+        call["max_sequence_length"] = min(longest, VIDEO_TEXT)
     rewards = dict(recipe.rewards)
     if "num_frames" not in keywords:
         rewards.setdefault("brightness", 1.0)
@@ -86,10 +96,10 @@ def _few(recipe: Recipe, pipeline: str) -> dict[str, Any]:
         "call": call,
         "prompts_per_step": 2 * recipe.updates,
         "rewards": rewards,
-        "micro_batch": None if recipe.micro_batch is None else min(recipe.micro_batch, 2),
+        "micro_batch": None if recipe.micro_batch is None else 2,
         "rollout_batch": None if recipe.rollout_batch is None else min(recipe.rollout_batch, 2),
         "init_lora": None,
-        "eval_steps": min(recipe.eval_steps or recipe.num_steps, recipe.num_steps),
+        "eval_steps": min(recipe.eval_steps or recipe.num_steps, recipe.num_steps, EVAL_STEPS),
         "eval_every": 1,
         "eval_limit": 2,
         "eval_curve_prompts": 2,
@@ -104,7 +114,16 @@ def _few(recipe: Recipe, pipeline: str) -> dict[str, Any]:
     }
     if isinstance(recipe, GRPO) and recipe.branch_width:  # a tree of two leaves has one split
         fields |= {"branch_width": 2, **({"branches": recipe.branches[:1]} if recipe.branches else {"window": 1})}
+    if isinstance(recipe, GRPO) and recipe.kl_steps is None and recipe.plan in ("full", "random"):
+        fields |= _short_grid(recipe)
     return fields
+
+
+def _short_grid(recipe: GRPO) -> dict[str, Any]:
+    """Fewer steps where no other field names one of them; the same share of them is trained."""
+    if recipe.branch_width or recipe.num_steps <= STEPS:
+        return {}
+    return {"num_steps": STEPS, "window": max(1, round(recipe.window * STEPS / recipe.num_steps))}
 
 
 def _data(recipe: Recipe, fields: Mapping[str, Any], out: Path) -> dict[str, Any]:
@@ -160,9 +179,13 @@ def _from_record(record: Mapping[str, Any], out: Path) -> None:
     parts: dict[str, Any] = {}
     for name, part in record["components"].items():
         own = class_named(part["library"], part["class"])
-        parts[name] = _network(name, own, small_config(own, part["config"]))
+        config = small_config(own, part["config"])
         if "text_encoder" in name:
-            parts[name.replace("text_encoder", "tokenizer")] = tokenizer_for(part["class"])
+            tokenizer = tokenizer_for(part["class"])
+            parts[name.replace("text_encoder", "tokenizer")] = tokenizer
+            if "vocab_size" in config:  # a quarter of a million rows take seconds to draw and to write
+                config["vocab_size"] = min(config["vocab_size"], max(tokenizer.get_vocab().values()) + 1)
+        parts[name] = _network(name, own, config)
     parts["scheduler"] = _scheduler(record)
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         if name not in ("self", *parts) and parameter.default is inspect.Parameter.empty:
@@ -193,8 +216,17 @@ def _network(name: str, cls: Any, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _scheduler(record: Mapping[str, Any]) -> Any:
-    from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+    from diffusers import (
+        CogVideoXDDIMScheduler,
+        DDIMScheduler,
+        EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    )
 
+    if record["pipeline"] == "CogVideoXPipeline":
+        return CogVideoXDDIMScheduler(
+            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        )
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     if record["denoiser"] != "unet":
         dynamic = record["pipeline"] in ("FluxPipeline", "QwenImagePipeline", "LTXPipeline")
@@ -222,8 +254,26 @@ def tokenizer_for(encoder: str) -> Any:
         printable = [c for c in string.printable if not c.isspace()]
         pairs = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("\u2581", -4.0), *((c, -4.0) for c in printable)]
         return T5Tokenizer(vocab=pairs, extra_ids=0, model_max_length=512)
+    if encoder.startswith("Llama"):
+        return _words_and_characters()
     if encoder.startswith("Qwen2"):
         special = {token: FIRST_SPECIAL + i for i, token in enumerate(QWEN_SPECIAL)}  # configurations name their ids
         vocabulary = {piece: i for i, piece in enumerate(characters)} | special
         return Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=list(special))
     raise RecipeError(f"--tiny has no tokenizer for {encoder}; give a local folder of the model, which has its own")
+
+
+def _words_and_characters() -> Any:
+    """The fast tokenizer of HunyuanVideo's Llama: each word of its system prompt is one token, as long words are in
+    the real one, because the pipeline cuts that prompt off by a number of tokens and truncates what follows."""
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted(set(re.findall(r"<\|\w+\|>|\w{2,}", str(DEFAULT_PROMPT_TEMPLATE["template"]))))
+    vocabulary = {piece: i for i, piece in enumerate(("<pad>", "<unk>", *string.printable))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_tokens([AddedToken(word, single_word=word.isalnum()) for word in words])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
