@@ -19,6 +19,8 @@ from tests.policy.zoo import ZOO
 from tests.training.methods import recipe_of
 from tests.training.test_grpo import make_run
 
+VIDEOS = ("ltx_t2v", "wan_t2v", "hunyuan_video", "cogvideox_t2v")
+
 
 def recipe_for(name: str, variant: str, tiny_recipe: GRPO, tmp_path: Path) -> GRPO:
     ZOO[name].build().save_pretrained(tmp_path / "model")
@@ -51,15 +53,29 @@ def test_an_editing_pipeline_is_conditioned_on_the_image_column_of_the_prompt_fi
     assert math.isfinite(metrics["policy/loss"]) and metrics["policy/grad_norm"] > 0
 
 
+@pytest.mark.parametrize("name", VIDEOS)
+def test_the_ratio_is_1_before_the_first_update_on_videos(name: str, tiny_recipe: GRPO, tmp_path: Path) -> None:
+    recipe = recipe_for(name, next(iter(ZOO[name].variants)), tiny_recipe, tmp_path)
+    noise = Noise("ddim", 1.0) if name == "cogvideox_t2v" else Noise("flow_sde", 0.7)
+    recipe = dataclasses.replace(recipe, noise=noise, plan="full", rewards={"frame_difference": 1.0})
+    metrics = make_run(recipe, tmp_path / "run").round(0)
+    assert metrics["policy/ratio_first_dev"] == 0.0
+    assert math.isfinite(metrics["policy/loss"]) and metrics["policy/grad_norm"] > 0
+
+
 @pytest.mark.parametrize(
-    ("method", "name"), [("DPO", "sdxl"), ("NFT", "sd15"), ("CRD", "cogvideox_t2v"), ("DGPO", "wan_t2v")]
+    ("method", "name"),
+    [
+        *(("DPO", "sdxl"), ("NFT", "sd15"), ("CRD", "cogvideox_t2v"), ("DGPO", "wan_t2v")),
+        *((method, name) for method in ("DPO", "RWR", "SFT") for name in VIDEOS),
+    ],
 )
 def test_methods_without_a_likelihood_take_a_round_on_eps_and_v_models_and_videos(
     method: str, name: str, tmp_path: Path
 ) -> None:
     ZOO[name].build().save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("".join(f"a red cat {i}\n" for i in range(6)))
-    reward = {"motion_smoothness": 1.0} if ZOO[name].video else {"brightness": 1.0}
+    reward = {"frame_difference": 1.0} if ZOO[name].video else {"brightness": 1.0}
     fields = {"call": dict(ZOO[name].call), "rewards": reward, "group_size": 2, "velocity_beta": 0.1}
     run = Run(recipe_of(method, tmp_path, **fields), RunDir.create(tmp_path / "run"), StopFlag())
     try:
