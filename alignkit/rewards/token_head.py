@@ -16,6 +16,7 @@ from einops import repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from alignkit import shipped
 from alignkit.errors import RecipeError, RewardError
 from alignkit.rewards.dual_encoder import fill
 from alignkit.rewards.vision_language import PATTERNS, Chat, VisionLanguage
@@ -141,6 +142,14 @@ def current_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
+def published_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dictionary of `TokenReward` with the names that published files have; `current_names` undoes it."""
+    return {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value
+        for name, value in state.items()
+    }
+
+
 def merge_lora(state: Mapping[str, torch.Tensor], scale: float | None) -> dict[str, torch.Tensor]:
     """The state dictionary of a model under PEFT's LoRA as that of the model itself: W + scale * up @ down.
 
@@ -243,7 +252,7 @@ def template_of(path: str | None, default: str, tokens: Sequence[str]) -> str:
     """
     if path is None:
         return default
-    file = Path(path)
+    file = Path(shipped.resolved(path))
     if not file.is_file():
         raise RecipeError(f"template={path!r}: there is no such file")
     text = file.read_text(encoding="utf-8")
@@ -283,21 +292,34 @@ def write_tiny_base(folder: Path) -> Any:
     Returns:
         The configuration, as `Qwen2VLConfig`.
     """
-    from alignkit.rewards.tiny_models import CHAT_TEMPLATE, PIXELS, qwen_config, qwen_processor, qwen_tokenizer
+    from transformers import Qwen2VLImageProcessor
 
-    folder.mkdir(parents=True, exist_ok=True)
+    from alignkit.rewards.tiny_models import CHAT_TEMPLATE, MERGE, PATCH, PIXELS, qwen_config, qwen_tokenizer
+
     tokenizer = qwen_tokenizer()
     config = qwen_config("qwen2_vl", tokenizer)
+    pictures = Qwen2VLImageProcessor(patch_size=PATCH, merge_size=MERGE, temporal_patch_size=2, size=PIXELS)
+    write_base(folder, config, tokenizer, pictures, CHAT_TEMPLATE)
+    return config
+
+
+def write_base(folder: Path, config: Any, tokenizer: Any, pictures: Any, chat_template: str) -> None:
+    """What a reward reads of its base model, in the files of `Qwen/Qwen2-VL-2B-Instruct`: all but the weights.
+
+    Args:
+        config: `Qwen2VLConfig`.
+        pictures: `Qwen2VLImageProcessor`; its sizes and colours are those of videos too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}), encoding="utf-8")
-    pictures = qwen_processor("qwen2_vl", tokenizer).image_processor.to_dict()
-    kept = {name: pictures[name] for name in ("patch_size", "temporal_patch_size", "merge_size")}
-    kept |= {"image_mean": list(pictures["image_mean"]), "image_std": list(pictures["image_std"])}
-    kept |= {"min_pixels": PIXELS["shortest_edge"], "max_pixels": PIXELS["longest_edge"]}
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": chat_template}), encoding="utf-8")
+    known = pictures.to_dict()
+    kept = {name: known[name] for name in ("patch_size", "temporal_patch_size", "merge_size")}
+    kept |= {"image_mean": list(known["image_mean"]), "image_std": list(known["image_std"])}
+    kept |= {"min_pixels": known["size"]["shortest_edge"], "max_pixels": known["size"]["longest_edge"]}
     kept |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(kept), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(_flat(config)), encoding="utf-8")
-    return config
 
 
 def _flat(config: Any) -> dict[str, Any]:
@@ -322,8 +344,4 @@ def tiny_state(config: Any, head: nn.Module, extra_tokens: int, seed: int = 0) -
     network = random_network(lambda: nn.ModuleDict({"model": Qwen2VLModel._from_config(config), "rm_head": head}), seed)
     state = network.state_dict()
     embedding = state["model.language_model.embed_tokens.weight"]
-    published = {
-        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value
-        for name, value in state.items()
-    }
-    return {**published, "lm_head.weight": embedding.clone()}
+    return {**published_names(state), "lm_head.weight": embedding.clone()}

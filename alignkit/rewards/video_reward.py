@@ -41,7 +41,8 @@ NORMALISATION = {  # mean and standard deviation on the authors' data, also in t
     "TA_mean": 2.8105,
     "TA_std": 2.5121,
 }
-CONFIG, FILE = "model_config.json", "checkpoint-*/model.pth|checkpoint-*/model.safetensors"
+CONFIG, TEMPLATE_FILE = "model_config.json", "template.txt"
+FILE = "checkpoint-*/model.pth|checkpoint-*/model.safetensors"
 LEAST_PIXELS = 128 * 28 * 28  # per frame, of Qwen2-VL's videos
 TEMPLATE = (
     "Rate this generated video in three respects, each on its own, from 0 (worst) to 10 (best).\n"
@@ -70,12 +71,14 @@ class VideoReward:
     Attributes:
         weights: a hub id or folder with `model_config.json` and `checkpoint-N/model.pth` (the highest N is read).
         base: the model it was trained from, of which configuration, tokenizer and processor are read.
-        template: file with the text that is asked, `{prompt}` and the three tokens once each; None: alignkit's.
+        template: file with the text that is asked, `{prompt}` and the three tokens once each; None: `template.txt`
+            beside the settings, and where there is none, as in the authors' repository, alignkit's.
         importance: weights of VQ, MQ and TA in the score; (1, 1, 1) is the published overall score.
         normalised: subtract the means and divide by the deviations in `model_config.json`.
         media_fps: the rate at which the generator's frames are played, which they do not say themselves.
-        fps: frames per second that are looked at, evenly spaced, an even number and at least 4.
-        max_frame_pixels: frames are made smaller than this, sides multiples of 28.
+        fps: frames per second that are looked at, evenly spaced, an even number and at least 4; None: what it was
+            trained with, as `model_config.json` has it (2 of the authors').
+        max_frame_pixels: frames are made smaller than this, sides multiples of 28; None: likewise (448 x 448).
         batch_size: videos in one forward.
         checkpointing: recompute each batch in the backward.
         dtype: of the backbone; the head is float32.
@@ -87,8 +90,8 @@ class VideoReward:
     importance: tuple[float, float, float] = (1.0, 1.0, 1.0)
     normalised: bool = True
     media_fps: float = 16.0
-    fps: float = 2.0
-    max_frame_pixels: int = 256 * 28 * 28
+    fps: float | None = None
+    max_frame_pixels: int | None = None
     batch_size: int = 2
     checkpointing: bool = False
     dtype: str = "bfloat16"
@@ -108,16 +111,29 @@ class VideoReward:
     def __post_init__(self) -> None:
         if len(self.importance) != len(DIMENSIONS) or not any(self.importance):
             raise RecipeError(f"importance={self.importance}; expected a weight for each of {', '.join(DIMENSIONS)}")
-        if self.media_fps <= 0 or self.fps <= 0:
+        if self.media_fps <= 0 or (self.fps is not None and self.fps <= 0):
             raise RecipeError(f"media_fps={self.media_fps}, fps={self.fps}; expected frames per second above 0")
-        if self.max_frame_pixels < 28 * 28:
+        if self.max_frame_pixels is not None and self.max_frame_pixels < 28 * 28:
             raise RecipeError(f"max_frame_pixels={self.max_frame_pixels}; expected at least {28 * 28}: one patch")
-        _ = self.question
+        if self.template is not None:
+            _ = self.question
 
     @cached_property
     def question(self) -> str:
         """The text asked, with `{prompt}`."""
+        if self.template is None and (self.folder / TEMPLATE_FILE).is_file():
+            return template_of(str(self.folder / TEMPLATE_FILE), TEMPLATE, TOKENS)
         return template_of(self.template, TEMPLATE, TOKENS)
+
+    @cached_property
+    def rate(self) -> float:
+        """Frames per second that are looked at."""
+        return float(self.settings["data_config"]["fps"]) if self.fps is None else self.fps
+
+    @cached_property
+    def frame_pixels(self) -> int:
+        """The most pixels of a frame."""
+        return self.max_frame_pixels or int(self.settings["data_config"]["max_frame_pixels"])
 
     def files(self) -> tuple[Files, ...]:
         """The reward's weights and settings, and the base model's tokenizer and processor."""
@@ -165,13 +181,13 @@ class VideoReward:
         """The network; read at its first use."""
         state = merge_lora(load_state(newest_checkpoint(self.folder)), lora_scale(self.settings))
         base = locate(self.files()[1])
-        options = {"batch_size": self.batch_size, "checkpointing": self.checkpointing, "fps": self.fps}
-        size = {"shortest_edge": min(LEAST_PIXELS, self.max_frame_pixels), "longest_edge": self.max_frame_pixels}
+        options = {"batch_size": self.batch_size, "checkpointing": self.checkpointing, "fps": self.rate}
+        size = {"shortest_edge": min(LEAST_PIXELS, self.frame_pixels), "longest_edge": self.frame_pixels}
         return load_token_reward(current_names(state), base, build_head, TOKENS, self.dtype, video_size=size, **options)
 
     def prepare(self) -> None:
         """Read the weights now."""
-        _ = self.reader, self.normalisation
+        _ = self.reader, self.normalisation, self.question
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raises RewardError for a prompt that holds a reward token."""
@@ -180,7 +196,7 @@ class VideoReward:
     def components(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
         """{"VQ", "MQ", "TA"}: (B,) each, normalised as configured, of (B, T, 3, H, W); differentiable."""
         self.check_prompts(prompts)
-        frames = media[:, uniform(media.shape[1], count_at_rate(media.shape[1], self.media_fps, self.fps))]
+        frames = media[:, uniform(media.shape[1], count_at_rate(media.shape[1], self.media_fps, self.rate))]
         asked = [self.question.replace("{prompt}", prompt) for prompt in prompts]
         chats = [Chat((video, text)) for video, text in zip(frames, asked, strict=True)]
         rated = ratings(self.reader, chats, TOKENS, len(DIMENSIONS)).diagonal(dim1=1, dim2=2)  # (B, 3)

@@ -19,6 +19,7 @@ from alignkit.rewards.token_head import (
     load_state,
     load_token_reward,
     merge_lora,
+    published_names,
     template_of,
 )
 from alignkit.rewards.vision_language import Chat
@@ -61,6 +62,13 @@ def test_a_token_that_stands_not_once_is_an_error_that_names_the_question(row: l
 )
 def test_published_names_become_those_of_today_and_these_stay(published: str, today: str) -> None:
     assert list(current_names({published: torch.zeros(1)})) == [today]
+
+
+def test_names_of_today_become_published_ones_and_come_back() -> None:
+    names = ["model.visual.merger.ln_q.weight", "model.language_model.layers.0.mlp.up_proj.weight", "rm_head.weight"]
+    published = published_names({name: torch.zeros(1) for name in names})
+    assert list(published) == ["visual.merger.ln_q.weight", "model.layers.0.mlp.up_proj.weight", "rm_head.weight"]
+    assert list(current_names(published)) == names
 
 
 def test_the_vocabulary_head_is_left_out() -> None:

@@ -244,3 +244,22 @@ def test_a_prompt_with_a_reward_token_and_missing_weights_are_named() -> None:
         reward.check_prompts([Prompt("a <|TA_reward|>", id=7)])
     with pytest.raises(MissingWeights, match="KwaiVGI/VideoReward.*alignkit fetch"):
         reward.prepare()
+
+
+def test_what_it_was_trained_with_is_read_from_its_settings_unless_said_otherwise(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    weights = Path(options["weights"])
+    checkpoint = newest_checkpoint(weights)
+    (tmp_path / checkpoint.parent.name).mkdir()
+    (tmp_path / checkpoint.parent.name / checkpoint.name).symlink_to(checkpoint)
+    settings = json.loads((weights / CONFIG).read_text("utf-8"))
+    settings["data_config"] |= {"fps": 6.0, "max_frame_pixels": 1568}
+    (tmp_path / CONFIG).write_text(json.dumps(settings), "utf-8")
+    (tmp_path / "template.txt").write_text("{prompt}" + "".join(TOKENS), "utf-8")
+    plain = {name: value for name, value in options.items() if name != "max_frame_pixels"}
+    trained = VideoReward(**{**plain, "weights": str(tmp_path)})
+    assert (trained.rate, trained.frame_pixels, trained.question) == (6.0, 1568, "{prompt}" + "".join(TOKENS))
+    said = VideoReward(**{**plain, "weights": str(tmp_path)}, fps=3.0, max_frame_pixels=784)
+    assert (said.rate, said.frame_pixels) == (3.0, 784)
+    assert (VideoReward(**plain).rate, VideoReward(**plain).question) == (2.0, TEMPLATE)
