@@ -17,6 +17,7 @@ from PIL import Image
 from alignkit.data import latent_cache
 from alignkit.data.latent_cache import LatentCache, content_hash, default_cache, encoder_hash, latent_key
 from alignkit.data.stored import PIECE
+from alignkit.data.video import write_mp4
 from alignkit.errors import DataError
 from alignkit.policy import Conditioning, Policy
 from alignkit.training.offline import OfflineData
@@ -247,3 +248,21 @@ def test_a_damaged_entry_is_encoded_again(policy: Policy, encodings: list[int], 
         again = first_latents(policy, table, cache)
     torch.testing.assert_close(again, first, rtol=0, atol=0)
     assert len(encodings) == 4
+
+
+def test_clips_of_a_video_pipeline_are_encoded_once_for_each_number_of_frames(
+    encodings: list[int], tmp_path: Path
+) -> None:
+    for name, value in (("a.mp4", 0.2), ("b.mp4", 0.8)):
+        write_mp4(tmp_path / name, torch.full((12, 3, 48, 40), value), fps=8)
+    table, cache = tmp_path / "pairs.jsonl", LatentCache(tmp_path / "kept")
+    table.write_text(json.dumps({"prompt": "a", "chosen": "a.mp4", "rejected": "b.mp4"}))
+    entry = ZOO["wan_t2v"]
+    with Policy(entry.build()) as policy:
+        for frames, encoded in ((5, 2), (9, 4), (5, 4)):
+            data = OfflineData(table, "pairs", cache)
+            call = {**entry.call, **entry.variants["unguided"], "num_frames": frames}
+            cond = policy.condition(data.prompts, num_steps=2, **call)
+            experience = data.experience(policy, cond, 1, torch.Generator().manual_seed(0))
+            assert experience.rollouts.x0.shape[-3] == (frames - 1) // 4 + 1
+            assert len(encodings) == encoded
