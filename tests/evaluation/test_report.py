@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import CheckpointError
+from alignkit.evaluation.pictures import measure
 from alignkit.evaluation.record import Change, read_run
 from alignkit.evaluation.report import (
     Card,
@@ -158,6 +159,9 @@ def test_only_images_inside_the_samples_folder_are_embedded(run: Path, tmp_path:
     assert all("outside samples/" in problem for problem in problems[:3])
     assert "not a PNG" in problems[3] and "missing" in problems[4]
     render(record)  # the statistics skip the same files
+    for picture in record.grids[0].pictures:
+        read = picture.file == samples / "base" / "00.png"
+        assert bool(measure([picture], samples).statistics) is read
 
 
 def test_the_same_prompt_stands_side_by_side_whatever_the_order(run: Path) -> None:
