@@ -90,11 +90,13 @@ class Prefixes:
 
     Attributes:
         frames: of a video decoded whole.
+        deaf: how many of its leading frames the last latent frame does not change.
         agree: by number of leading latents, how many leading frames they alone decode to as the whole does.
     """
 
     latents: int
     frames: int
+    deaf: int
     agree: dict[int, int] = field(default_factory=dict)
 
 
@@ -116,7 +118,7 @@ class Watched:
         """
         seen = self._prefixes(vae, call)
         check(frames, seen.frames)
-        if frames == seen.frames:
+        if frames > seen.deaf:  # as they depend on all latents
             return seen.latents
         for count in range(max(frames * (seen.latents - 1) // seen.frames, 1), seen.latents):
             if count not in seen.agree:
@@ -130,8 +132,8 @@ class Watched:
         settings = sorted((name, value) for name, value in public.items() if isinstance(value, bool | int | float))
         key = (call.name, call.z.shape[2], tuple(settings), len(call.args), tuple(call.kwargs))
         if key not in self._seen:
-            z = probe(call)
-            self._seen[key] = Prefixes(z.shape[2], run(vae, call, z).shape[2])
+            whole, changed = (run(vae, call, z) for z in (probe(call), probe(call, call.z.shape[2] - 1)))
+            self._seen[key] = Prefixes(call.z.shape[2], whole.shape[2], same_frames(whole, changed))
         return self._seen[key]
 
 
@@ -141,18 +143,24 @@ def check(frames: int, of: int) -> None:
         raise RecipeError(f"frames={frames} of videos of {of}; expected 1 to {of}, or None for all")
 
 
-def probe(call: Call) -> torch.Tensor:
-    """(1, C, K, h, w) small normal latents, float32, always the same."""
+def probe(call: Call, quiet: int | None = None) -> torch.Tensor:
+    """(1, C, K, h, w) small normal latents, float32, always the same; loud after the first `quiet` of them."""
     _, channels, latents, height, width = call.z.shape
     rng = torch.Generator().manual_seed(0)
-    return torch.randn(1, channels, latents, min(height, SIDE), min(width, SIDE), generator=rng).to(call.z.device)
+    z = torch.randn(1, channels, latents, min(height, SIDE), min(width, SIDE), generator=rng)
+    if quiet is not None:
+        z[:, :, quiet:] *= LOUD
+    return z.to(call.z.device)
 
 
 def agreeing(vae: nn.Module, call: Call, count: int) -> int:
     """How many leading frames are the same when only the first `count` latents are decoded."""
-    z = probe(call)
-    z[:, :, count:] *= LOUD
-    whole, cut = run(vae, call, z), run(vae, call, z[:, :, :count])
+    z = probe(call, quiet=count)
+    return same_frames(run(vae, call, z[:, :, :count]), run(vae, call, z))
+
+
+def same_frames(cut: torch.Tensor, whole: torch.Tensor) -> int:
+    """How many leading frames of two videos (1, 3, T, H, W) are the same, on the scale of the first."""
     common = min(whole.shape[2], cut.shape[2])
     error = (whole[:, :, :common] - cut[:, :, :common]).abs().amax(dim=(0, 1, 3, 4))
     same = error <= EXACT * cut.abs().max()  # False where either is not finite

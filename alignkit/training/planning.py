@@ -23,6 +23,7 @@ from alignkit.rewards import load
 from alignkit.rewards.card import HasCard, HasWeights
 from alignkit.rewards.weights import present
 from alignkit.shipped import resolved
+from alignkit.training import decoded
 from alignkit.training.blueprint import Blueprint, blueprint, call_of, count, latent_numel, pixels_of
 from alignkit.training.costs import FP32, memory, round_of
 from alignkit.training.recipe import Recipe
@@ -83,6 +84,7 @@ def plan(recipe: AnyRecipe) -> dict[str, Any]:
         "data_here": None if recipe.data is None else Path(resolved(recipe.data)).exists(),
         "size": {n: call.get(n) for n in ("height", "width", "num_frames")} | {"from": size_from},
         "latent_elements_per_sample": numel,
+        "decoded": decoded.decoded(recipe, found, call),
         "memory_bytes": memory(recipe, found, trained.parameters, rounds, numel, pixels_of(found, call)),
         "rewards": [reward_record(spec, weight) for spec, weight in recipe.rewards.items()]
         + [reward_record(spec, None) for spec in recipe.judges],
@@ -227,6 +229,7 @@ def lines(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     frames = f" x {size['num_frames']} frames" if size["num_frames"] else ""
     yield "size", f"{size['height']} x {size['width']}{frames} ({size['from']})"
     counted = "counted" if (record["measured"] or {}).get("rows_per_sample") else "by rule"
+    yield from decoded.lines(record["decoded"])
     yield "guidance", f"{rounds['rows_per_sample']} denoiser row(s) per sample and step ({counted})"
     rows = rounds["rows"]
     parts = ", ".join(f"{name} {number:,}" for name, number in rows.items() if number and name != "total")
