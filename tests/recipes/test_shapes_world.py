@@ -442,3 +442,9 @@ def test_the_shipped_generator_is_float16_on_disk_and_small():
     weights = [file for file in files if file.suffix == ".safetensors"]
     assert len(weights) == 3
     assert {tensor.dtype for file in weights for tensor in load_tensors(file).values()} == {torch.float16}
+
+
+def test_no_shipped_file_names_a_folder_of_the_machine_that_made_it():
+    for file in ASSETS.rglob("*config.json"):
+        origin = json.loads(file.read_text("utf-8")).get("_name_or_path", "")
+        assert not Path(origin).is_absolute(), file
