@@ -62,7 +62,7 @@ def _yes(ran: bool) -> str:
 
 
 def bench(args: argparse.Namespace) -> int:
-    from alignkit.training import benchmark, benchmark_guidance, benchmark_methods
+    from alignkit.training import benchmark, benchmark_guidance, benchmark_methods, benchmark_video
 
     no_loading_bars()
     record = benchmark.bench()
@@ -72,4 +72,6 @@ def bench(args: argparse.Namespace) -> int:
     print_table("one update of each method", benchmark_methods.COLUMNS, list(benchmark_methods.rows(record["methods"])))
     guided = list(benchmark_guidance.rows(record["guidance"]))
     print_table("a guided image beside an unguided one", benchmark_guidance.COLUMNS, guided)
+    decoding = list(benchmark_video.rows(record["video"]))
+    print_table("memory of decoding video", benchmark_video.COLUMNS, decoding)
     return 0

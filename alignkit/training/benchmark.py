@@ -30,6 +30,7 @@ from alignkit.rewards import load
 from alignkit.training.benchmark_guidance import guidance
 from alignkit.training.benchmark_methods import methods, silent
 from alignkit.training.benchmark_pipeline import TEXT_LENGTH, tiny_sd3
+from alignkit.training.benchmark_video import video
 from alignkit.training.grpo import GRPO
 from alignkit.training.live_tensors import peak_bytes
 from alignkit.training.run import Run
@@ -203,12 +204,12 @@ def memory_ratio(run: Run, step: int) -> dict[str, float]:
 
 
 def bench(batches: Sequence[int] = (8, 1)) -> dict[str, Any]:
-    """Measure; takes about five minutes on one CPU core.
+    """Measure; takes about six minutes on one CPU core.
 
     Returns:
         a JSON record: `overhead` and `overhead_batch1` (shares of wall time, medians where rounds are several),
-        `memory_ratio`, for each batch the seconds by part, `methods`: what an update of each method costs, and
-        `guidance`: what a guided image costs.
+        `memory_ratio`, for each batch the seconds by part, `methods`: what an update of each method costs,
+        `guidance`: what a guided image costs, and `video`: memory of decoding against the number of frames.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -216,7 +217,8 @@ def bench(batches: Sequence[int] = (8, 1)) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="alignkit-bench-") as name:
             folder = Path(name)
             _write_inputs(folder)
-            return _bench(folder, batches) | {"methods": methods(folder), "guidance": guidance(folder)}
+            tables = {"methods": methods(folder), "guidance": guidance(folder), "video": video()}
+            return _bench(folder, batches) | tables
     finally:
         torch.set_num_threads(threads)
 

@@ -21,6 +21,10 @@ from alignkit.training.benchmark_guidance import COLUMNS, GUIDANCE, Bed, Measure
 from alignkit.training.benchmark_guidance import rows as guided_rows
 from alignkit.training.benchmark_methods import METHODS, VIEWS, observed, recipe_of, rows
 from alignkit.training.benchmark_pipeline import TEXT_LENGTH, tiny_sd3
+from alignkit.training.benchmark_video import COLUMNS as VIDEO_COLUMNS
+from alignkit.training.benchmark_video import DECODERS, FRAMES, Clips
+from alignkit.training.benchmark_video import measured as measured_video
+from alignkit.training.benchmark_video import rows as video_rows
 from alignkit.training.live_tensors import LiveTensors
 from alignkit.training.recipe_files import TRAINERS
 
@@ -183,6 +187,23 @@ def test_a_guided_image_is_measured_beside_an_unguided_one(tmp_path: Path) -> No
     assert len(line) == len(COLUMNS) and line[:2] == ["nrg", "1"]
 
 
+def test_the_gradient_of_the_middle_frame_needs_less_memory_than_that_of_all_frames() -> None:
+    found = measured_video("Wan", 9)
+    assert found["framewise"] is None and 0.3 < found["slicing"] < 1
+    assert found["gradient_of_the_middle"] < 0.85 and found["gradient_of_the_middle"] < found["gradient_of_segments"]
+    assert found["gradient_bytes"] > 2 * found["whole_bytes"]
+    (line,) = video_rows([found])
+    assert len(line) == len(VIDEO_COLUMNS) and line[:2] == ["Wan", "9"] and line[4] == "-"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_decoders_of_the_video_benchmark_are_causal_and_as_long_as_they_say(name: str) -> None:
+    clips = Clips.of(DECODERS[name]().eval(), 9)
+    with torch.no_grad():
+        assert clips.decoded().shape == (2, 9, 3, 32, 32)
+    assert [clips.latents_for(frames) for frames in (1, 5, 6, 9)] == [1, 2, 3, 3]
+
+
 @pytest.mark.slow
 def test_overhead_is_at_most_a_tenth_at_batch_8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROUNDS, 1, 1)
@@ -191,6 +212,7 @@ def test_overhead_is_at_most_a_tenth_at_batch_8(monkeypatch: pytest.MonkeyPatch)
     assert 0.5 < record["memory_ratio"] < 1.5
     assert dict(lines(record))["overhead, batch 8"].endswith("%")
     assert [one["method"] for one in record["guidance"]] == list(GUIDANCE)
+    assert len(record["video"]) == len(DECODERS) * len(FRAMES)
     found = {one["method"]: one for one in record["methods"]}
     assert found.keys() == METHODS.keys() and len(list(rows(record["methods"]))) == len(METHODS)
     assert found["Flow-DPO"]["rows"] == {"training": 8, "reference": 8}
