@@ -57,7 +57,7 @@ def fit(
     step, spent, running = 0, 0.0, float("nan")
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        _set(parameters, state["parameters"])
+        set_parameters(parameters, state["parameters"])
         ema, step, spent, running = state["ema"], state["step"], state["spent"], state["running"]
         optimizer.load_state_dict(state["optimizer"])
     began = saved = time.monotonic()
@@ -69,9 +69,9 @@ def fit(
         state |= {"step": step, "spent": seconds, "running": running}
         torch.save(state, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").replace(checkpoint)
-        _set(parameters, ema)
+        set_parameters(parameters, ema)
         on_save(seconds / 60, step, running)
-        _set(parameters, live)
+        set_parameters(parameters, live)
 
     while (done := (spent + time.monotonic() - began) / (60 * schedule.minutes)) < 1:
         for group in optimizer.param_groups:
@@ -90,9 +90,10 @@ def fit(
             saved = time.monotonic()
             save()
     save()
-    _set(parameters, ema)
+    set_parameters(parameters, ema)
 
 
-def _set(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
+@torch.no_grad()
+def set_parameters(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import world
 from components import build_pipeline
 from diffusers import AutoencoderKLLTXVideo, LTXPipeline
-from fitting import Schedule, fit
+from fitting import Schedule, fit, set_parameters
 from train_vae import pixels_of
 
 BATCH = 48
@@ -19,16 +19,16 @@ SIGMA_LOGIT_MEAN = 0.3
 FRAME_RATE = 25  # the pipeline's default; its rotary embedding counts seconds
 # The pipeline gives its text encoder no mask, so padding changes the embeddings: both its default and a short length
 # are learnt, the short one mostly because it is twice as fast.
-TEXT_LENGTHS, LONG_SHARE = (8, 128), 0.25
+TEXT_LENGTHS, LONG_SHARE = (8, 128), 0.1
 
 
 @torch.no_grad()
-def encode_dataset(pipe: LTXPipeline, seed: int, size: int) -> tuple[torch.Tensor, list[str]]:
+def encode_dataset(pipe: LTXPipeline, faults: world.Faults, seed: int, size: int) -> tuple[torch.Tensor, list[str]]:
     """(latents (size, frames * h * w, channels), normalised and packed by the pipeline's own functions; prompts)."""
     latents, prompts = [], []
     for chunk in range(0, size, 64):
         rng = np.random.default_rng([seed, 2, chunk])
-        pairs = [world.pretraining_pair(rng) for _ in range(min(64, size - chunk))]
+        pairs = [world.pretraining_pair(rng, faults) for _ in range(min(64, size - chunk))]
         z = pipe.vae.encode(pixels_of([clip for _, clip in pairs])).latent_dist.mean
         z = pipe._normalize_latents(z, pipe.vae.latents_mean, pipe.vae.latents_std, pipe.vae.config.scaling_factor)
         latents.append(pipe._pack_latents(z))
@@ -79,16 +79,25 @@ def save_pipeline(pipe: LTXPipeline, path: Path) -> None:
     pipe.save_config(path)
 
 
-def train_flow(out: Path, seed: int, minutes: float, size: int) -> None:
-    """`minutes` of wall time on `size` pretraining pairs; saves `out/generator`."""
+def train_flow(
+    out: Path, faults: world.Faults, phase: str, start: str | None, seed: int, minutes: float, size: int
+) -> None:
+    """One phase of training: `minutes` of wall time on `size` pairs; saves `out/generator`.
+
+    Goes on from `out/{phase}.pt`, else begins from the averaged weights of `out/{start}.pt`, else from nothing.
+    """
     vae = AutoencoderKLLTXVideo.from_pretrained(out / "vae").eval().requires_grad_(False)
+    vae.register_to_config(_name_or_path="")  # else the folder of this run is shipped with it
     torch.manual_seed(seed)
     pipe = build_pipeline(vae)
     torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
     torch.nn.init.zeros_(pipe.transformer.proj_out.bias)
-    latents, prompts = encode_dataset(pipe, seed, size)
+    trained = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder])
+    if start is not None:
+        set_parameters(list(trained.parameters()), torch.load(out / f"{start}.pt", weights_only=True)["ema"])
+    latents, prompts = encode_dataset(pipe, faults, seed, size)
     ids, mask = tokenise(pipe, [*prompts, ""])
-    print(f"flow: {size} pairs, latent std {latents.std():.3f}", flush=True)
+    print(f"{phase}: {size} pairs, latent std {latents.std():.3f}", flush=True)
 
     def loss_at(step: int, done: float) -> torch.Tensor:
         rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -99,8 +108,7 @@ def train_flow(out: Path, seed: int, minutes: float, size: int) -> None:
 
     def save(minute: float, step: int, loss: float) -> None:
         save_pipeline(pipe, out / "generator")
-        print(f"flow {minute:.1f} min step {step} loss {loss:.4f}", flush=True)
+        print(f"{phase} {minute:.1f} min step {step} loss {loss:.4f}", flush=True)
 
-    trained = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder])
     schedule = Schedule(minutes, peak_lr=1.5e-3, last_lr=5e-5, warmup_steps=100, weight_decay=0.01)
-    fit(trained, loss_at, schedule, out / "flow.pt", save)
+    fit(trained, loss_at, schedule, out / f"{phase}.pt", save)

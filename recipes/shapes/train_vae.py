@@ -19,7 +19,7 @@ BATCH = 24
 CROWDED = 0.5  # share of the budget in which half of a batch shows many shapes
 KL_WEIGHT = 1e-4  # against the mean squared error in [-1, 1]
 EMPHASIS = 3.0
-FAULTS = replace(world.PRETRAINING, jerky=0.3, flickering=0.35)  # more of what is hard to redraw
+FAULTS = replace(world.FREE, jerky=0.3, flickering=0.35)  # more of what is hard to redraw
 
 
 def as_pixels(clips: list[np.ndarray]) -> torch.Tensor:

@@ -28,8 +28,9 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"moves right": (1, 0), "moves left": (-1, 0), "rises": (0, -1), "falls": (0, 1)}  # (x, y), y down
-RADIUS = (5.0, 6.8)  # pixels from the centre to the farthest side
-SPEED = (1.1, 2.0)  # pixels per frame
+RADIUS = (5.0, 6.5)  # pixels from the centre to the farthest side: small or large
+SPEED = (1.0, 2.0)  # pixels per frame: slow or fast
+PLACES = (8, 12, 16, 20, 24)  # pixels; a centre starts and ends at one of them along each axis
 GROUND = (15, 75)  # grey level
 HELD_OUT_PER_DIRECTION, SPLIT_SEED = 8, 6
 
@@ -48,15 +49,21 @@ class Clip:
 
 @dataclass(frozen=True)
 class Faults:
-    """Shares of clips with each fault, drawn one by one; a clip may have several."""
+    """Shares of clips with each fault, drawn one by one; a clip may have several.
+
+    Attributes:
+        free: places, sizes and speeds are anywhere between those of the world.
+    """
 
     wrong_direction: float
     still: float
     jerky: float
     flickering: float
+    free: bool = False
 
 
-PRETRAINING = Faults(wrong_direction=0.28, still=0.2, jerky=0.1, flickering=0.18)
+PRETRAINING = Faults(wrong_direction=0.28, still=0.2, jerky=0.06, flickering=0.15)
+FREE = replace(PRETRAINING, free=True)
 NONE = Faults(0.0, 0.0, 0.0, 0.0)
 
 
@@ -129,21 +136,24 @@ def crowd(rng: np.random.Generator, faults: Faults, count: int = 4) -> np.ndarra
     return frames.round().astype(np.uint8)
 
 
-def steady_path(rng: np.random.Generator, direction: str, radius: float, speed: float) -> np.ndarray:
-    """(FRAMES, 2) centres along `direction` at `speed`, the shape inside the picture in every frame."""
+def steady_path(rng: np.random.Generator, direction: str, speed: float, free: bool = False) -> np.ndarray:
+    """(FRAMES, 2) centres along `direction` at `speed`, from one of PLACES to another, or from anywhere between."""
     travel = np.outer(np.arange(FRAMES) * speed, DIRECTIONS[direction])
-    room = SIZE - 1 - 2 * radius - np.abs(travel[-1])
-    low = radius - np.minimum(travel[-1], 0)
-    return low + rng.uniform(size=2) * room + travel
+    low = PLACES[0] - np.minimum(travel[-1], 0)
+    room = PLACES[-1] - PLACES[0] - np.abs(travel[-1])
+    if free:
+        return low + rng.uniform(size=2) * room + travel
+    step = PLACES[1] - PLACES[0]
+    return low + step * rng.integers(room // step, endpoint=True) + travel
 
 
 def random_clip(rng: np.random.Generator, colour: str, shape: str, direction: str, faults: Faults = NONE) -> Clip:
-    """A clip whose place, size, speed and ground, which no prompt names, are drawn uniformly."""
+    """A clip whose place, size, speed and ground, which no prompt names, are drawn at random."""
     if rng.random() < faults.wrong_direction:
         others = [name for name in DIRECTIONS if name != direction]
         direction = others[rng.integers(len(others))]
-    radius, speed = rng.uniform(*RADIUS), rng.uniform(*SPEED)
-    path = steady_path(rng, direction, radius, speed)
+    radius, speed = (rng.uniform(*ends) if faults.free else float(rng.choice(ends)) for ends in (RADIUS, SPEED))
+    path = steady_path(rng, direction, speed, faults.free)
     kind = rng.random()
     if kind < faults.still:
         path = np.repeat(path[FRAMES // 2 : FRAMES // 2 + 1], FRAMES, axis=0)
@@ -185,6 +195,7 @@ def write_world(path: Path) -> None:
         "template": TEMPLATE,
         "radius": list(RADIUS),
         "speed": list(SPEED),
+        "places": list(PLACES),
         "ground": list(GROUND),
         "train_prompts": train,
         "held_out_prompts": held_out,
