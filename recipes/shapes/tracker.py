@@ -44,7 +44,7 @@ SMALLEST = 12  # pixels
 # angular harmonics above which an outline is a triangle's, and a square's or a cross's; drawn, they have 0.54 and 0.28
 POINTED, CORNERED = 0.16, 0.07
 SECOND = 0.3  # of the shape's area: what a second shape has at least
-MOVED = 4.0  # pixels of displacement over the clip; the slowest clip of the world has 9.6
+MOVED = 4.0  # pixels of displacement over the clip; the slowest clip of the world has 8
 JERKY, FLICKERING = 2.0, 0.3  # pixels, relative deviation: where smoothness and steadiness reach 0
 PARTS = ("direction", "smoothness", "steadiness", "identity")
 IN_FRAME = np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])  # neighbours of a pixel, none in time

@@ -172,18 +172,30 @@ def test_a_seed_repeats_its_pretraining_pairs():
     assert world.pretraining_pair(np.random.default_rng(4)) != first[0]
 
 
-@pytest.mark.parametrize("shape", world.SHAPES)
-def test_a_good_path_goes_the_way_that_is_asked_and_stays_inside(shape: str):
+@pytest.mark.parametrize("free", [False, True])
+def test_a_good_path_goes_the_way_that_is_asked_at_a_steady_speed_and_stays_inside(free: bool):
     rng = np.random.default_rng(1)
     for direction, step in world.DIRECTIONS.items():
         for _ in range(50):
-            clip = world.random_clip(rng, "white", shape, direction)
+            clip = world.random_clip(rng, "white", "cross", direction, replace(world.NONE, free=free))
             path = np.array(clip.path)
             velocity = np.diff(path, axis=0)
             speed = velocity @ np.array(step)
             np.testing.assert_allclose(velocity, np.outer(speed, step), atol=1e-9)
-            assert np.ptp(speed) < 1e-9 and world.SPEED[0] <= speed[0] <= world.SPEED[1]
+            np.testing.assert_allclose(speed, speed.mean())
+            assert world.SPEED[0] - 1e-9 <= speed.mean() <= world.SPEED[1] + 1e-9
             assert (path >= clip.radius).all() and (path <= world.SIZE - 1 - clip.radius).all()
+
+
+def test_a_clip_begins_and_ends_at_places_of_the_world_unless_it_is_free():
+    rng, asked = np.random.default_rng(1), ("red", "square", "rises")
+    placed, free = (
+        [world.random_clip(rng, *asked, replace(world.NONE, free=free)) for _ in range(200)] for free in (False, True)
+    )
+    for clip in placed:
+        assert {*clip.path[0], *clip.path[-1]} <= set(map(float, world.PLACES))
+    assert {clip.radius for clip in placed} == set(world.RADIUS)
+    assert len({clip.path[0] for clip in free}) == len({clip.radius for clip in free}) == 200
 
 
 def test_jerky_paths_stay_inside_too():
