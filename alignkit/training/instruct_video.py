@@ -164,8 +164,9 @@ class InstructVideo(Recipe):
         assert isinstance(view, Begun)
         entered = entering_last_step(policy, view.latents, view.index, cond)
         step = last_step(policy, entered, cond)
-        scores = scores_of(view.rewards, policy, step.mean, cond, view.seeds)
-        loss = torch.where(scores.total.isnan(), 0.0, -scores.total)
+        scores = scores_of(view.rewards, policy, step.mean, cond, view.seeds, self.reward_device)
+        total = scores.total.to(entered.device)
+        loss = torch.where(total.isnan(), 0.0, -total)
         logs = {f"edited_{name}": value.detach() for name, value in scores.parts.items()}
         if not self.velocity_beta:
             return loss, logs

@@ -101,26 +101,36 @@ class AtFrames:
         return self.raw(media, prompts).scores
 
 
-def scores_of(rewards: Weighted, policy: Policy, x0: torch.Tensor, cond: Conditioning, seeds: torch.Tensor) -> Scores:
+def scores_of(
+    rewards: Weighted,
+    policy: Policy,
+    x0: torch.Tensor,
+    cond: Conditioning,
+    seeds: torch.Tensor,
+    device: str | None = None,
+) -> Scores:
     """Scores of clean latents (B, ...) by the rewards whose weight is not 0; gradients flow to the latents. No more is
     decoded than these rewards look at.
 
     Args:
         seeds: (B,) int64; which frames a reward draws of a sample's video depends on its seed alone.
+        device: where it is scored, such as "cuda:1"; None: where the latents are.
     """
     steering = {name: reward for name, reward in rewards.rewards.items() if rewards.weights[name] != 0}
-    prompts, num_frames = cond.prompts, None
+    prompts, num_frames, first = cond.prompts, None, None
     if any(isinstance(reward, OfFrames) for reward in steering.values()):
         num_frames = policy.num_frames(cond)
         steering = {name: _drawn(reward, num_frames, prompts, seeds) for name, reward in steering.items()}
     asked = [(reward, rewards.weights[name]) for name, reward in steering.items()]
     own = Weighted(asked, rewards.on_error, rewards.timeout)
+    if num_frames is not None:
+        first = own.frames_needed(num_frames, prompts)
     if all(reward.kind == "latent" for reward in steering.values()):
-        return own(x0, prompts, x0, cond)
-    first = None if num_frames is None else own.frames_needed(num_frames, prompts)
-    if first is None:
-        return own(policy.decode(x0, cond), prompts, x0, cond)
-    return own(policy.decode(x0, cond, frames=first), prompts, x0, cond, num_frames=num_frames)
+        media = x0
+    else:
+        media = policy.decode(x0, cond) if first is None else policy.decode(x0, cond, frames=first)
+    place = x0.device if device is None else torch.device(device)
+    return own(media.to(place), prompts, x0.to(place), cond, None if first is None else num_frames)
 
 
 def _drawn(reward: Reward, num_frames: int, prompts: Sequence[Prompt], seeds: torch.Tensor) -> Reward:

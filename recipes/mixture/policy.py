@@ -270,8 +270,8 @@ class MixturePolicy:
 
         return Step(index, float(cond.timesteps[index]), *levels, x, v, index in plan.stochastic, transition)
 
-    def decode(self, x0: Tensor, cond: Points) -> Tensor:
-        """Points are their own picture."""
+    def decode(self, x0: Tensor, cond: Points, frames: int | None = None) -> Tensor:
+        """Points are their own picture, and have no frames."""
         return x0
 
 

@@ -244,7 +244,7 @@ def test_no_more_frames_are_decoded_than_the_rewards_look_at(
         index = reward.chosen(whole, [Prompt("", id=int(one)) for one in seeds])
         found = scores_of(run.rewards, run.policy, batch.view.x0, batch.cond, seeds)
         media = decode(run.policy, batch.view.x0, batch.cond)
-        bright = torch.stack([brightness(own[at], [""] * 2) for own, at in zip(media, index, strict=True)])
+        bright = torch.stack([brightness(own[at], [Prompt("")] * 2) for own, at in zip(media, index, strict=True)])
         weights = torch.exp(-(index - whole / 2).abs())
         assert asked[-1] == (int(index.max()) + 1 if int(index.max()) + 1 < whole else None)
         assert_close(found.total, (weights * bright).sum(dim=1) / weights.sum(dim=1), rtol=1e-4, atol=1e-5)
