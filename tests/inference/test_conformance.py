@@ -33,7 +33,7 @@ from tests.policy.zoo import PROMPTS, ZOO, shared
 STEPS = 2
 FAMILIES = (
     *("sd15", "sdxl", "sd3", "flux", "qwen_image", "pixart", "sana", "z_image"),
-    *("wan_t2v", "ltx_t2v", "cogvideox_t2v"),
+    *("wan_t2v", "ltx_t2v", "hunyuan_video", "cogvideox_t2v"),
 )
 BELOW_NOISE = ("sd15", "sdxl")
 """Grids that begin below noise level 1, where guidance by gradients acts at the first step too."""
