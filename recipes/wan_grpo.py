@@ -2,6 +2,8 @@
 
 Command:   alignkit run wan_grpo
            alignkit run wan_grpo:dance     (DanceGRPO's noise and groups; arXiv 2505.07818)
+           alignkit sample Wan-AI/Wan2.1-T2V-1.3B-Diffusers "PROMPT" --guide fk --reward video_reward --steps 20
+               --set height=240 width=416 num_frames=33    (no training: guidance while sampling; --plan says its cost)
 Measured:  not yet run at full size.
 Hardware:  13 GiB of weights in bf16, most of it the text encoder, and 5 GB of VideoReward; one 80 GB GPU.
 Sources:   size, frames, steps, KL, learning rate and clip are those of the released Wan configuration of Flow-GRPO;
