@@ -127,7 +127,7 @@ def latent_key(content: str, frames: str, pixels: Sequence[int], latents: Sequen
 
     Args:
         content: of the file, from `content_hash`.
-        frames: how frames were chosen, in words that name every setting.
+        frames: how frames were chosen, in words; how many is the T of `pixels`.
         pixels, latents: shapes of one sample, (T, 3, H, W) or (3, H, W), and as the pipeline's loop has it.
         encoder: from `encoder_hash`.
     """

@@ -143,7 +143,7 @@ class OfflineData:
             return _encoded(policy, cond, medium, kind, pixels, where)
         if medium not in self._contents:
             self._contents[medium] = content_hash(medium)
-        frames = f"{pixels[0]} spread evenly" if kind == "video" else "one"
+        frames = "spread evenly" if kind == "video" else "one"
         key = latent_key(self._contents[medium], frames, pixels, shape, encoder)
         latents = self._cache.read(key)
         if latents is None:

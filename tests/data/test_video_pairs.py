@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,10 +61,10 @@ def test_what_a_table_says_of_a_clip_goes_with_its_side_and_is_kept(folder: Path
     assert read_video(Path(str(again.rows[0].chosen))).shape == (9, 3, 32, 32)
 
 
-def peak(rows: Iterator[object]) -> int:
-    """Bytes that were in use at once while `rows` were read and forgotten."""
+def peak(read: Callable[[Path], Iterator[object]], table: Path) -> int:
+    """Bytes that were in use at once while the rows of a table were read and forgotten."""
     tracemalloc.start()
-    deque(rows, maxlen=0)
+    deque(read(table), maxlen=0)
     found = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return found
@@ -89,10 +89,10 @@ def test_the_memory_of_a_stream_does_not_grow_with_the_table_and_no_clip_is_open
         return folder / f"{rows}.jsonl"
 
     monkeypatch.setattr(stored, "contents", opened)
-    peak(stream_pairs(table(20)))  # what is imported and compiled at first use
-    few, many = peak(stream_pairs(table(60))), peak(stream_pairs(table(300)))
+    peak(stream_pairs, table(20))  # what is imported and compiled at first use
+    few, many = peak(stream_pairs, table(60)), peak(stream_pairs, table(300))
     assert many < few + 60_000
-    assert peak(kept(table(300))) > few + 150_000  # the measure can tell
+    assert peak(kept, table(300)) > few + 150_000  # the measure can tell
 
 
 def test_two_clips_are_compared_a_piece_at_a_time(tmp_path: Path) -> None:
