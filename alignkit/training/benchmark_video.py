@@ -87,21 +87,20 @@ class Clips:
         """Leading latent frames that the first `frames` frames need."""
         return Watched().needed(self.vae, Call("vae", self.z, (), {}), frames)
 
-    def decoded(self, latents: int | None = None, flag: str | None = None) -> torch.Tensor:
-        """(clips, t, 3, H, W) in [0, 1] of the first `latents` latent frames, with a switch of the decoder on."""
+    def decoded(self, latents: int | None = None) -> torch.Tensor:
+        """(clips, 3, t, H, W) about [-1, 1] of the first `latents` latent frames."""
+        return self.vae.decode(self.z[:, :, :latents], return_dict=False)[0]
+
+    def peak(self, latents: int | None = None, flag: str | None = None) -> int:
+        """Bytes at the peak of the decoder without gradient, with a switch of it on."""
         if flag is not None:
             setattr(self.vae, flag, True)
         try:
-            media = self.vae.decode(self.z[:, :, :latents], return_dict=False)[0]
+            with torch.no_grad():
+                return peak_bytes(self._pipe, lambda: self.decoded(latents))
         finally:
             if flag is not None:
                 setattr(self.vae, flag, False)
-        return rearrange((media * 0.5 + 0.5).clamp(0, 1), "b c t h w -> b t c h w")
-
-    def peak(self, latents: int | None = None, flag: str | None = None) -> int:
-        """Bytes at the peak of decoding without gradient."""
-        with torch.no_grad():
-            return peak_bytes(self._pipe, lambda: self.decoded(latents, flag))
 
     def peak_of_gradient(self, segments: int, first: bool) -> int:
         """Bytes at the peak of decoding and of the gradient of a segmental reward; `first`: no more than it needs."""
@@ -112,7 +111,8 @@ class Clips:
 
         def work() -> None:
             self.z.requires_grad_(True)
-            reward(self.decoded(latents), prompts, num_frames=self.frames).total.sum().backward()
+            media = rearrange(self.decoded(latents), "b c t h w -> b t c h w")
+            reward((media * 0.5 + 0.5).clamp(0, 1), prompts, num_frames=self.frames).total.sum().backward()
             self.z.grad = None
 
         return peak_bytes(self._pipe, work)

@@ -200,7 +200,7 @@ def test_the_gradient_of_the_middle_frame_needs_less_memory_than_that_of_all_fra
 def test_the_decoders_of_the_video_benchmark_are_causal_and_as_long_as_they_say(name: str) -> None:
     clips = Clips.of(DECODERS[name]().eval(), 9)
     with torch.no_grad():
-        assert clips.decoded().shape == (2, 9, 3, 32, 32)
+        assert clips.decoded().shape == (2, 3, 9, 32, 32)
     assert [clips.latents_for(frames) for frames in (1, 5, 6, 9)] == [1, 2, 3, 3]
 
 
