@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +11,13 @@ import torch
 
 from alignkit.flow.plan import deterministic
 from alignkit.policy import Policy
+from alignkit.policy.memory import Decode
 from alignkit.rewards import Weighted, load
 from alignkit.rewards.video import FrameDifference, Segmental
 from alignkit.training.experience import Experience, collect
+from alignkit.training.grpo import GRPO
 from alignkit.training.scoring import Scoring, Worker
+from alignkit.training.setup import policy_of
 from alignkit.types import Prompt
 from tests.policy.test_frames import received
 from tests.policy.zoo import ZOO, shared
@@ -61,3 +66,14 @@ def test_a_round_decodes_what_its_rewards_look_at_and_scores_whole_videos(policy
 def test_what_looks_at_whole_videos_gets_them(policy: Policy) -> None:
     assert collected(policy, Scoring(Weighted([(EARLY, 1.0), (FrameDifference(), 0.5)])))[1] == [3, 3]
     assert collected(policy, Scoring(Weighted(EARLY), embed=lambda media: media.flatten(1)))[1] == [3, 3]
+
+
+def test_the_recipes_decode_reaches_the_decoder_and_leaves_it_at_the_end(tmp_path: Path) -> None:
+    shared("ltx_t2v").save_pretrained(tmp_path)
+    decode = Decode(slicing=True, framewise=True, batch=2)
+    recipe = GRPO(model=str(tmp_path), prompts="none.txt", rewards={EARLY: 1.0}, decode=decode)
+    runtime: Any = SimpleNamespace(dtype=torch.float32, device="cpu")
+    with policy_of(recipe, runtime) as policy:
+        vae = policy.pipe.vae
+        assert vae.use_slicing and vae.use_framewise_decoding and policy.codec.batch == 2
+    assert not vae.use_slicing and not vae.use_framewise_decoding
