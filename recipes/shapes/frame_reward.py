@@ -36,7 +36,8 @@ class Centred:
 
     def __call__(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
         """(B,) of (B, 3, H, W): the mean match of colour in the middle, less that outside."""
-        colours = torch.tensor([world.COLOURS[world.parse(str(p))[0]] for p in prompts], device=media.device) / 255
+        named = [world.COLOURS[world.parse(str(prompt))[0]] for prompt in prompts]
+        colours = torch.tensor(named, device=media.device) / 255
         apart = reduce((media - rearrange(colours, "b c -> b c 1 1")) ** 2, "b c h w -> b h w", "mean")
         match = torch.exp(-apart / (2 * TOLERANCE**2))
         inside = self.middle(media)
