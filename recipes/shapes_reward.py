@@ -1,0 +1,61 @@
+"""A video reward of three dimensions for moving shapes: a tiny VideoReward, trained on pairs of clips with ties.
+
+Command:   alignkit run shapes_reward:base     a Qwen2-VL learns to say what it sees; 5 minutes, goes into
+                                               assets/shapes/reward/base
+           alignkit run shapes_reward          which of two clips people prefer, from that base; 5 minutes
+           (one thread of a machine with 2 cores that others used too, seed 0)
+Measured:  256 pairs of held-out prompts, without ties / with ties at the best threshold, before -> after:
+           VQ 0.53 -> 0.72 / 0.40 -> 0.58, MQ 0.58 -> 0.96 / 0.44 -> 0.91, TA 0.51 -> 0.74 / 0.39 -> 0.52.
+           The clip as asked beats one that stands still 1.00, jerks 1.00, has low contrast 1.00, flickers 0.97, moves
+           another way 0.84, is blurred 0.63, is grainy 0.56; another shape 0.50 and another colour 0.44: not seen.
+           `:bt` and `:control` not yet run.
+"""
+
+from dataclasses import replace
+
+from alignkit.training.reward_model import RewardModel
+
+SHAPES = "shipped:recipes/shapes/video_judge.py"
+SPEAKER = "shipped:recipes/shapes/speaker.py"
+
+
+def recipe() -> RewardModel:
+    """Labels better, worse, tie and no answer, in each dimension; 5 % of them are wrong."""
+    return RewardModel(
+        model=f"{SHAPES}:scorer",
+        data=f"{SHAPES}:Contests",
+        loss="bradley_terry_ties",
+        batch=16,
+        steps=500,
+        lr=1e-3,
+        warmup=30,
+        lr_schedule="cosine",
+        ema_decay=0.98,
+        eval_every=125,
+    )
+
+
+def bt() -> RewardModel:
+    """Bradley and Terry without ties: pairs that tie in a dimension teach nothing of it."""
+    return replace(recipe(), loss="bradley_terry_dimensions")
+
+
+def control() -> RewardModel:
+    """Pairs get the labels of other pairs."""
+    return replace(recipe(), data=f"{SHAPES}:Contests(shuffled=True)", steps=200)
+
+
+def base() -> RewardModel:
+    """What VideoReward starts from: a model that knows what it sees and can be asked about it."""
+    return RewardModel(
+        model=f"{SPEAKER}:speaker",
+        data=f"{SPEAKER}:Descriptions",
+        loss=f"{SPEAKER}:answers",
+        batch=32,
+        steps=700,
+        lr=1.5e-3,
+        warmup=50,
+        lr_schedule="cosine",
+        ema_decay=0.99,
+        eval_every=100,
+    )
