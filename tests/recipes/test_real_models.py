@@ -82,6 +82,7 @@ def tiny_run(name: str, folder: Path) -> tuple[dict, list[dict]]:
     return json.loads((folder / "run" / "summary.json").read_text()), metrics
 
 
+@pytest.mark.timeout(600)  # up to half a minute of one core
 @pytest.mark.parametrize(
     "name",
     [
