@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from alignkit.flow.transition import Noise, Transition
     from alignkit.inference.guide import Guided, guide
     from alignkit.policy.adapters import Full, LoRA
+    from alignkit.policy.memory import Decode
     from alignkit.policy.conditioning import Conditioning
     from alignkit.policy.pipeline import Policy
     from alignkit.training.adversary import Critic
@@ -42,6 +43,7 @@ __all__ = [
     "Conditioning",
     "LoRA",
     "Full",
+    "Decode",
     # sampling
     "guide",
     "Guided",
@@ -85,6 +87,7 @@ __all__ = [
 
 _HOMES = {
     "alignkit.policy": ("Policy", "Conditioning", "LoRA", "Full"),
+    "alignkit.policy.memory": ("Decode",),
     "alignkit.inference.guide": ("guide", "Guided"),
     "alignkit.training.grpo": ("GRPO",),
     "alignkit.training.euphonium": ("Euphonium",),

@@ -16,6 +16,7 @@ from alignkit.errors import RecipeError
 from alignkit.flow import plan as plans
 from alignkit.flow.plan import Plan
 from alignkit.policy.adapters import Full, LoRA
+from alignkit.policy.memory import Decode
 from alignkit.training.adversary import Critic
 from alignkit.training.follow import Follow
 from alignkit.types import Rollouts, Scores, View
@@ -56,6 +57,7 @@ class Recipe:
         rollout_batch: samples per rollout call; None: all of the round at once.
         train_guidance: "same" trains the guided output, "off" samples and trains without guidance.
         precision: "fp32", "bf16" or "fp16" (mixed: adapters stay float32). fp32 means fp32.
+        decode: how decoders trade time for memory, such as Decode(tiling=True) or Decode(batch=2).
         ema_decay: moving average of the weights that is evaluated and saved; None: none.
         critic: how the critics among the rewards are trained beside the policy (Adv-GRPO); None: none is.
         data: file of preference pairs or of scored samples to learn from, as `alignkit pairs` writes them; None: the
@@ -119,6 +121,7 @@ class Recipe:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     attention: str = "auto"
+    decode: Decode = field(default_factory=Decode)
     ema_decay: float | None = None
     critic: Critic | None = None
     data: str | None = None

@@ -18,6 +18,7 @@ from alignkit.errors import CheckpointError, RecipeError
 from alignkit.flow.transition import Noise
 from alignkit.inference.comparison import Arm, Comparison
 from alignkit.policy.adapters import Full, LoRA
+from alignkit.policy.memory import Decode
 from alignkit.rewards import load_file
 from alignkit.rewards.loading import split_options, with_options
 from alignkit.training.adversary import Critic
@@ -56,6 +57,7 @@ NESTED: dict[str, type] = {
     "Follow": Follow,
     "Levels": Levels,
     "Critic": Critic,
+    "Decode": Decode,
     "Arm": Arm,
 }
 

@@ -57,4 +57,6 @@ def prompts_of(recipe: Recipe, data: OfflineData | None) -> tuple[list[Prompt], 
 def policy_of(recipe: Recipe, runtime: Runtime) -> Policy:
     """The recipe's pipeline on this process's device, with its trained weights."""
     pipe = DiffusionPipeline.from_pretrained(resolved(recipe.model), dtype=runtime.dtype).to(runtime.device)
-    return Policy(pipe, recipe.train, init_lora=recipe.init_lora, attention=recipe.attention)
+    policy = Policy(pipe, recipe.train, init_lora=recipe.init_lora, attention=recipe.attention)
+    policy.set_decoding(recipe.decode)
+    return policy
