@@ -15,6 +15,7 @@ from alignkit.training.dgpo import DGPO
 from alignkit.training.dpo import DPO
 from alignkit.training.euphonium import Euphonium
 from alignkit.training.grpo import GRPO
+from alignkit.training.instruct_video import InstructVideo
 from alignkit.training.kto import KTO
 from alignkit.training.matching import Matching
 from alignkit.training.recipe import Recipe
@@ -40,8 +41,9 @@ class Round:
         num_steps, stochastic: the sampling grid, and the steps of it that are recorded in round 0.
         data: file that the round is drawn from; None: it is sampled.
         rows_per_sample: denoiser rows of one sample at one step, 2 with classifier-free guidance.
-        rows: denoiser rows by role: "sampling", "training" (forward and backward), "reference", "old" (the companion),
-            "data" (the anchor on data, forward and backward), and their sum, "total".
+        rows: denoiser rows by role: "sampling", "training" (forward and backward), "editing" (steps of InstructVideo
+            before the one with a graph), "reference", "old" (the companion), "data" (the anchor on data, forward and
+            backward), and their sum, "total".
         micro_batch: samples (or pairs) per backward.
         rows_per_new_prompt: denoiser rows when a prompt is first drawn, where rewards are compared with the base's.
         rows_before: denoiser rows once, before the first round: samples of the base as data.
@@ -87,6 +89,7 @@ def round_of(recipe: Recipe, found: Blueprint, call: Mapping[str, Any]) -> Round
     rows = {
         "sampling": each * denoised(recipe),
         "training": each * sides * units * views,
+        "editing": each * units * recipe.editing_calls if isinstance(recipe, InstructVideo) else 0,
         "reference": taught * sides * units * compared_views(recipe),
         "old": each * units * views if recipe.needs_old or (isinstance(recipe, AWM) and recipe.updates > 1) else 0,
         "data": anchored * recipe.updates,  # unguided
@@ -138,6 +141,8 @@ def trained_of(recipe: Recipe) -> int:
 
 def views_of(recipe: Recipe) -> int:
     """Recorded steps, or noise levels, at which a sample is trained in one round."""
+    if isinstance(recipe, InstructVideo):
+        return 1
     return recipe.draws if isinstance(recipe, Matching) else len(recipe.plan_for(0).stochastic)
 
 
@@ -147,6 +152,8 @@ def compared_views(recipe: Recipe) -> int:
         return recipe.draws
     if isinstance(recipe, Matching):
         return recipe.draws if recipe.velocity_beta > 0 else 0
+    if isinstance(recipe, InstructVideo):
+        return 1 if recipe.velocity_beta > 0 else 0
     if not isinstance(recipe, GRPO):
         return 0
     steps = recipe.plan_for(0).stochastic

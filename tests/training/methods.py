@@ -15,6 +15,7 @@ from alignkit.training.dpo import DPO
 from alignkit.training.euphonium import Euphonium
 from alignkit.training.follow import Follow
 from alignkit.training.grpo import GRPO
+from alignkit.training.instruct_video import InstructVideo
 from alignkit.training.kto import KTO
 from alignkit.training.nft import NFT
 from alignkit.training.recipe import Recipe
@@ -51,6 +52,8 @@ METHODS: dict[str, tuple[type[Recipe], dict[str, Any]]] = {
     "CRD": (CRD, {}),
     "Regional": (Regional, {"rewards": {Halves(): 1.0}}),
     "ValueGradient": (ValueGradient, {"guide": {Faint(): 1.0}}),
+    "InstructVideo": (InstructVideo, {"start": 0.75, "velocity_beta": 0.1}),
+    "InstructVideo, from noise": (InstructVideo, {"start": 1.0}),
 }
 
 

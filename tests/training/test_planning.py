@@ -148,7 +148,7 @@ def test_denoiser_rows_are_those_that_a_round_really_computes(method: str, place
         assert compared == rows["reference"] + rows["old"]
     else:
         assert (compared, learning["old"]) == (rows["reference"], rows["old"])
-    assert learning["current"] == 0 and rows["total"] == sum(n for role, n in rows.items() if role != "total")
+    assert learning["current"] == rows["editing"] and rows["total"] == sum(n for role, n in rows.items() if role != "total")
 
 
 def test_a_window_and_two_rows_of_guidance_are_in_the_counted_rows(place: Path) -> None:
@@ -163,7 +163,7 @@ def test_what_is_drawn_from_a_file_is_not_sampled(place: Path, tmp_path: Path) -
     own = recipe_of("DPO", place, prompts=None, data="pairs.jsonl", group_size=1)
     record = planning.plan(own)
     assert record["round"]["rows"] == {
-        "sampling": 0, "training": 2 * 2 * 2, "reference": 2 * 2 * 2, "old": 0, "data": 0, "total": 16,
+        "sampling": 0, "training": 2 * 2 * 2, "editing": 0, "reference": 2 * 2 * 2, "old": 0, "data": 0, "total": 16,
     }  # fmt: skip
     text = dict(planning.lines(record))
     assert text["round"] == "2 prompts x 1 = 2 pairs of pairs.jsonl, 1 update(s)"
