@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import threading
@@ -108,6 +109,14 @@ class Weighted:
         found = Weighted(both, self.on_error, self.timeout)
         found.of_policy = self.of_policy & set(found.rewards)
         return found
+
+    def of(self, rewards: Mapping[str, Reward]) -> Weighted:
+        """Some of these rewards, or others in their place, under their names and weights. What fails there is noted
+        here too."""
+        own = copy.copy(self)
+        own.rewards = dict(rewards)
+        own.weights = {name: self.weights[name] for name in rewards}
+        return own
 
     def bind(self, policy: Any) -> None:
         """Hand the policy to the rewards that are part of the generator; see `Binds`."""

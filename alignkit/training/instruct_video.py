@@ -45,6 +45,7 @@ from alignkit.training.reward_gradient import (
     noise_of,
     scores_of,
     steps_left,
+    without_gradient,
 )
 from alignkit.types import Rollouts, Scores, StepRecord, View
 
@@ -159,19 +160,26 @@ class InstructVideo(Recipe):
         return (Begun(**vars(view), index=index, rewards=experience.rewards, seeds=seeds),)
 
     def policy_step(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss (B,) of the edited samples, 0 for one whose reward failed and is masked."""
+        """Loss (B,) of the edited samples. One without a usable score, its reward having failed or not applying, is 0
+        and left out: the others are scaled so that their mean over the batch is the mean over them alone."""
         view, cond = batch.view, batch.cond
         assert isinstance(view, Begun)
         entered = entering_last_step(policy, view.latents, view.index, cond)
         step = last_step(policy, entered, cond)
         scores = scores_of(view.rewards, policy, step.mean, cond, view.seeds, self.reward_device)
         total = scores.total.to(entered.device)
-        loss = torch.where(total.isnan(), 0.0, -total)
-        logs = {f"edited_{name}": value.detach() for name, value in scores.parts.items()}
-        if not self.velocity_beta:
-            return loss, logs
-        gap = self.velocity_gap(policy, entered, step, cond)
-        return loss + self.velocity_beta * gap, {**logs, "velocity_gap": gap.detach()}
+        lost = total.isnan()
+        without_gradient(step.mean, lost)
+        logs = edited(scores, view.rewards.on_error == "mask")
+        loss = -total
+        if self.velocity_beta:
+            gap = self.velocity_gap(policy, entered, step, cond)
+            loss, logs = loss + self.velocity_beta * gap, {**logs, "velocity_gap": gap.detach()}
+        scored = len(lost) / (~lost).sum().clamp(min=1)
+        loss = torch.where(lost, 0.0, scored * loss)
+        if not loss.requires_grad:  # no sample has a score: the gradient is 0 and not missing
+            loss = loss + 0.0 * reduce_positions(step.mean, None, "mean")
+        return loss, logs
 
     def velocity_gap(self, policy: Policy, entered: torch.Tensor, step: Transition, cond: Conditioning) -> torch.Tensor:
         """(B,) mean squared distance to the reference's velocity at the last step."""
@@ -179,3 +187,13 @@ class InstructVideo(Recipe):
             reference = policy.transition(entered, len(cond.timesteps) - 1, cond, ODE).velocity
         assert step.velocity is not None and reference is not None
         return reduce_positions((step.velocity - reference) ** 2, step.mask, "mean")
+
+
+def edited(scores: Scores, masked: bool) -> dict[str, torch.Tensor]:
+    """For the log: scores of the edited samples that have one, and with `masked` the share (B,) that failed."""
+    logs: dict[str, torch.Tensor] = {}
+    for name, part in scores.parts.items():
+        known = part.detach()[part.isfinite()]
+        logs |= {f"edited_{name}": known} if len(known) else {}
+        logs |= {f"edited_{name}_failed": torch.full((len(part),), scores.failed[name] / len(part))} if masked else {}
+    return logs

@@ -121,8 +121,7 @@ def scores_of(
     if any(isinstance(reward, OfFrames) for reward in steering.values()):
         num_frames = policy.num_frames(cond)
         steering = {name: _drawn(reward, num_frames, prompts, seeds) for name, reward in steering.items()}
-    asked = [(reward, rewards.weights[name]) for name, reward in steering.items()]
-    own = Weighted(asked, rewards.on_error, rewards.timeout)
+    own = rewards.of(steering)
     if num_frames is not None:
         first = own.frames_needed(num_frames, prompts)
     if all(reward.kind == "latent" for reward in steering.values()):
@@ -131,6 +130,16 @@ def scores_of(
         media = policy.decode(x0, cond) if first is None else policy.decode(x0, cond, frames=first)
     place = x0.device if device is None else torch.device(device)
     return own(media.to(place), prompts, x0.to(place), cond, None if first is None else num_frames)
+
+
+def without_gradient(x: torch.Tensor, rows: torch.Tensor) -> None:
+    """At backward, nothing flows into these rows (B,) of x (B, ...).
+
+    A sample that is left out has the weight 0, and 0 times the infinite slope of a reward that failed on it is NaN.
+    The other rows are left as they are: what is not finite there is seen.
+    """
+    if x.requires_grad and bool(rows.any()):
+        x.register_hook(lambda grad: grad.masked_fill(paths.expand_to(rows, grad).bool(), 0.0))
 
 
 def _drawn(reward: Reward, num_frames: int, prompts: Sequence[Prompt], seeds: torch.Tensor) -> Reward:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -320,20 +321,81 @@ def test_clean_samples_come_from_a_file(tiny_recipe: GRPO, tmp_path: Path) -> No
     assert metrics["groups/live"] == 1.0 and metrics["policy/grad_norm"] > 0
 
 
-def test_a_sample_whose_reward_failed_is_left_out_where_failures_are_masked(tiny_recipe: GRPO, tmp_path: Path) -> None:
-    class Fails:
-        name, kind, differentiable = "fails", "image", True
+class FailsWhereEdited:
+    """Brightness of the edited samples, of which `broken` says what goes wrong; what is sampled has it all right."""
 
-        def __call__(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
-            broken = torch.tensor([float("nan"), *[0.0] * (len(media) - 1)])
-            return media.mean(dim=(1, 2, 3)) + broken
+    name, kind, differentiable = "fails", "image", True
 
-    run = make_run(editing(tiny_recipe, rewards={Fails(): 1.0}, on_error="mask"), tmp_path / "run")
+    def __init__(self, broken: Function) -> None:
+        self.broken = broken
+
+    def __call__(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
+        bright = media.mean(dim=(1, 2, 3))
+        return self.broken(bright) if media.requires_grad else bright
+
+
+def no_number(bright: torch.Tensor) -> torch.Tensor:
+    return bright + torch.tensor([float("nan"), *[0.0] * (len(bright) - 1)]) if len(bright) == 6 else bright
+
+
+def infinite_slope(bright: torch.Tensor) -> torch.Tensor:
+    off = torch.tensor([10.0 * (len(bright) == 6), *[0.0] * (len(bright) - 1)])
+    return (bright - off).sqrt()
+
+
+def raises(bright: torch.Tensor) -> torch.Tensor:
+    raise ValueError("nothing was found")
+
+
+def raises_once() -> Function:
+    calls: list[int] = []
+
+    def broken(bright: torch.Tensor) -> torch.Tensor:
+        calls.append(len(bright))
+        return raises(bright) if len(calls) == 1 else bright
+
+    return broken
+
+
+def failing(tiny: GRPO, folder: Path, broken: Function, **fields: Any) -> Run:
+    own = {"rewards": {FailsWhereEdited(broken): 1.0}, "on_error": "mask", **fields}
+    return make_run(editing(tiny, **own), folder / "run")
+
+
+@pytest.mark.parametrize("broken", [no_number, infinite_slope])
+def test_a_sample_whose_reward_failed_is_left_out_where_failures_are_masked(
+    broken: Function, tiny_recipe: GRPO, tmp_path: Path
+) -> None:
+    run = failing(tiny_recipe, tmp_path, broken, velocity_beta=0.5)
     batch = batch_of(run)
     loss, _ = run.recipe.policy_step(run.policy, batch)
     assert float(loss[0]) == 0.0 and bool((loss[1:] != 0).all())
-    loss[0].backward(retain_graph=True)
-    assert all(p.grad is None or not bool(p.grad.any()) for p in run.parameters)
+    loss.mean().backward()
+    found = gradients(run)
+    run.optimizer.zero_grad()
+    five = replace(batch, cond=batch.cond[1:], view=batch.view[[1, 2, 3, 4, 5]])
+    others, _ = run.recipe.policy_step(run.policy, five)
+    others.mean().backward()
+    for one, other in zip(found, gradients(run), strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-8)
+
+
+def test_a_batch_without_any_score_moves_nothing_and_the_round_goes_on(tiny_recipe: GRPO, tmp_path: Path) -> None:
+    run = failing(tiny_recipe, tmp_path, raises_once(), micro_batch=2)
+    metrics = run.round(0)
+    assert math.isfinite(metrics["policy/loss"]) and metrics["policy/grad_norm"] > 0
+    assert metrics["policy/edited_fails_failed"] == pytest.approx(2 / 6)
+    (tmp_path / "all").mkdir()
+    run = failing(tiny_recipe, tmp_path / "all", raises)
+    assert run.round(0)["policy/grad_norm"] == 0.0
+
+
+def test_failures_among_the_edited_are_counted_and_the_log_is_of_the_others(tiny_recipe: GRPO, tmp_path: Path) -> None:
+    run = failing(tiny_recipe, tmp_path, no_number)
+    metrics = run.round(0)
+    assert run.rewards.failed == {"fails": 1} and "returned nan" in run.rewards.tracebacks["fails"]
+    assert metrics["policy/edited_fails_failed"] == pytest.approx(1 / 6)
+    assert metrics["policy/loss"] == pytest.approx(-metrics["policy/edited_fails"])
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
