@@ -1,8 +1,8 @@
 """Encoded latents kept on disk between epochs and runs, under keys that name all they depend on.
 
 A key is the SHA-256 of a file's content, of the frames and the size that were taken of it, and of what encoded them:
-the pipeline's class, and class, configuration and every weight of its VAE. So nothing is ever out of date: what changed
-has another key. An entry is one safetensors file, written aside and then renamed, and read when it is asked for.
+the pipeline's class, and class, configuration, tiles and every weight of its VAE. So nothing is ever out of date: what
+changed has another key. An entry is one safetensors file, written aside and then renamed, and read when asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ class LatentCache:
         if not self._works:
             return
         file, latents = self.file(key), latents.detach().cpu().contiguous()
-        aside = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
+        aside = file.with_name(f".{file.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -122,7 +123,14 @@ def _bytes(tensor: torch.Tensor) -> Any:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
-def latent_key(content: str, frames: str, pixels: Sequence[int], latents: Sequence[int], encoder: str) -> str:
+def latent_key(
+    content: str,
+    frames: str,
+    pixels: Sequence[int],
+    latents: Sequence[int],
+    encoder: str,
+    settings: Mapping[str, Any],
+) -> str:
     """The key of one sample's latents.
 
     Args:
@@ -130,8 +138,9 @@ def latent_key(content: str, frames: str, pixels: Sequence[int], latents: Sequen
         frames: how frames were chosen, in words; how many is the T of `pixels`.
         pixels, latents: shapes of one sample, (T, 3, H, W) or (3, H, W), and as the pipeline's loop has it.
         encoder: from `encoder_hash`.
+        settings: from `settings_of`, and what else decides how pixels are encoded.
     """
-    return _hash([FORMAT, content, frames, list(pixels), list(latents), encoder])
+    return _hash([FORMAT, content, frames, list(pixels), list(latents), encoder, dict(settings)])
 
 
 def content_hash(medium: Medium) -> str:
@@ -167,6 +176,17 @@ def encoder_hash(pipeline: str, modules: Mapping[str, nn.Module]) -> str | None:
             weights.update(_bytes(tensor))
         parts.append([name, type(module).__qualname__, _config(module), weights.hexdigest()])
     return _hash(parts)
+
+
+def settings_of(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Tiles and chunks of frames in which modules encode: they change latents, and no configuration names them."""
+    of_encoding = ("use_tiling", "use_framewise_encoding", "tile_", "num_sample_frames")
+    return {
+        f"{name}.{setting}": value
+        for name, module in modules.items()
+        for setting, value in vars(module).items()
+        if setting.startswith(of_encoding)
+    }
 
 
 def _config(module: nn.Module) -> dict[str, Any]:

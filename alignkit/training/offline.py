@@ -5,20 +5,29 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from torchvision.transforms.functional import center_crop, resize
 
-from alignkit.data.latent_cache import LatentCache, content_hash, default_cache, encoder_hash, latent_key
+from alignkit.data.latent_cache import (
+    LatentCache,
+    content_hash,
+    default_cache,
+    encoder_hash,
+    latent_key,
+    settings_of,
+)
 from alignkit.data.preferences import Found, Pair, ScoredSample, load_pairs, load_samples, value_of
 from alignkit.data.stored import Medium, StoredLatents, read_image
 from alignkit.data.video import read_video
 from alignkit.errors import DataError
 from alignkit.policy import Conditioning, Policy
+from alignkit.policy.memory import decoders
 from alignkit.training.experience import Experience
 from alignkit.training.seeds import generator
 from alignkit.types import Prompt, Rollouts, Scores
@@ -121,13 +130,14 @@ class OfflineData:
         """(B, ...) float32 on the policy's device."""
         shape, pixels = self._size(policy, cond)
         made_by = type(policy.pipe).__name__
+        settings = self._settings(policy)
         found: list[torch.Tensor] = []
         for i, (medium, kind, stored, where) in enumerate(media):
-            key = (medium, shape, pixels)
+            key = (medium, shape, pixels, *settings.items())
             latents = None if stored is None else stored.read(made_by)
             if latents is None or latents.shape != shape:
                 if key not in self._encoded:
-                    self._encoded[key] = self._cached(policy, cond[[i]], medium, kind, where)
+                    self._encoded[key] = self._cached(policy, cond[[i]], medium, kind, where, settings)
                 self._encoded.move_to_end(key)
                 latents = self._encoded[key]
             found.append(latents)
@@ -135,7 +145,15 @@ class OfflineData:
             self._encoded.popitem(last=False)
         return torch.stack(found).to(policy.driver.device)
 
-    def _cached(self, policy: Policy, cond: Conditioning, medium: Medium, kind: str, where: str) -> torch.Tensor:
+    def _cached(
+        self,
+        policy: Policy,
+        cond: Conditioning,
+        medium: Medium,
+        kind: str,
+        where: str,
+        settings: Mapping[str, Any],
+    ) -> torch.Tensor:
         """One sample's latents: as an earlier epoch or run encoded them, else encoded now."""
         shape, pixels = self._size(policy, cond)
         encoder = None if self._cache is None else self._encoder(policy)
@@ -144,7 +162,7 @@ class OfflineData:
         if medium not in self._contents:
             self._contents[medium] = content_hash(medium)
         frames = "spread evenly" if kind == "video" else "one"
-        key = latent_key(self._contents[medium], frames, pixels, shape, encoder)
+        key = latent_key(self._contents[medium], frames, pixels, shape, encoder, settings)
         latents = self._cache.read(key)
         if latents is None:
             latents = _encoded(policy, cond, medium, kind, pixels, where)
@@ -153,10 +171,17 @@ class OfflineData:
 
     def _encoder(self, policy: Policy) -> str | None:
         if policy not in self._encoders:
-            parts = {n: part for n, part in policy.pipe.components.items() if isinstance(part, torch.nn.Module)}
-            vaes = {n: part for n, part in parts.items() if {"encode", "decode"} <= set(dir(type(part)))}
-            self._encoders[policy] = encoder_hash(type(policy.pipe).__name__, vaes)
+            self._encoders[policy] = encoder_hash(type(policy.pipe).__name__, decoders(policy.pipe))
         return self._encoders[policy]
+
+    def _settings(self, policy: Policy) -> dict[str, Any]:
+        """What changes latents and may be switched at any time, so that it is asked for every time."""
+        ranges = {n: part for n, part in vars(policy.pipe).items() if isinstance(part, VaeImageProcessor)}
+        found = {f"{name}.do_normalize": part.config["do_normalize"] for name, part in sorted(ranges.items())}
+        device = policy.driver.device.type
+        if torch.is_autocast_enabled(device):
+            found["autocast"] = str(torch.get_autocast_dtype(device))
+        return found | settings_of(decoders(policy.pipe))
 
     def _size(self, policy: Policy, cond: Conditioning) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of one sample's latents and of its pixels under a conditioning."""

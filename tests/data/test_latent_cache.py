@@ -135,8 +135,8 @@ def test_frames_of_a_folder_do_not_run_into_each_other(tmp_path: Path) -> None:
 
 
 def test_every_part_of_a_key_counts() -> None:
-    parts = ("content", "spread evenly", (9, 3, 32, 32), (16, 5, 4, 4), "encoder")
-    changed = ("other", "the first", (9, 3, 64, 32), (4, 5, 4, 4), "other")
+    parts = ("content", "spread evenly", (9, 3, 32, 32), (16, 5, 4, 4), "encoder", {"vae.use_tiling": False})
+    changed = ("other", "the first", (9, 3, 64, 32), (4, 5, 4, 4), "other", {"vae.use_tiling": True})
     keys = {latent_key(*parts)}
     for i in range(len(parts)):
         keys.add(latent_key(*parts[:i], changed[i], *parts[i + 1 :]))  # type: ignore[arg-type]
@@ -237,6 +237,28 @@ def test_a_changed_picture_and_a_changed_vae_are_encoded_again(
     with Policy(pipe) as other:
         first_latents(other, table, cache)
     assert len(encodings) == 5
+
+
+def test_other_tiles_another_range_and_another_precision_are_encoded_again(
+    policy: Policy, encodings: list[int], tmp_path: Path
+) -> None:
+    table, cache = pair(tmp_path), LatentCache(tmp_path / "kept")
+    first = first_latents(policy, table, cache)
+    pipe = ZOO["sd3"].build()
+    with Policy(pipe) as other:
+        pipe.vae.enable_tiling()
+        first_latents(other, table, cache)
+        assert len(encodings) == 4
+        pipe.vae.disable_tiling()
+        pipe.image_processor.register_to_config(do_normalize=False)
+        assert (first_latents(other, table, cache) - first).abs().max() > 1e-3
+        assert len(encodings) == 6
+        pipe.image_processor.register_to_config(do_normalize=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            first_latents(other, table, cache)
+        assert len(encodings) == 8
+        first_latents(other, table, cache)
+        assert len(encodings) == 8
 
 
 def test_a_damaged_entry_is_encoded_again(policy: Policy, encodings: list[int], tmp_path: Path) -> None:
