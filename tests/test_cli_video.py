@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image, ImageSequence
 
 from alignkit.cli import main
 from alignkit.data.video import read_video, write_mp4
+from alignkit.errors import DataError
 from alignkit.evaluation.pictures import KINDS
 from alignkit.inference.scoring import read_media
 from tests.evaluation.synthetic_video_run import disc
@@ -85,10 +87,10 @@ def test_sample_writes_an_animation_of_each_clip_and_a_sheet_of_frames(place: Pa
     assert frames_of(here / "b" / "001-seed6.webp") == [50] * 5
 
 
-@pytest.mark.parametrize("fps", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("fps", ["0", "-1", "nan", "inf", "1e-5"])
 def test_a_rate_that_is_none_is_refused(here: Path, capsys: pytest.CaptureFixture[str], fps: str) -> None:
     assert main(["sample", "nowhere", "x", f"--fps={fps}"]) == 2
-    assert "must be above 0, in frames per second" in capsys.readouterr().err
+    assert "must be from 0.001 to 1000000 frames per second" in capsys.readouterr().err
 
 
 def test_guided_clips_are_shown_side_by_side_with_unguided_ones(place: Path, here: Path) -> None:
@@ -125,6 +127,46 @@ def test_score_reads_videos_and_animations(here: Path, capsys: pytest.CaptureFix
     expected = read_video(here / "moving.mp4", lambda count: [0, count - 1])
     assert ends[1] == pytest.approx(float((expected[1] - expected[0]).abs().mean()), abs=1e-5)
     torch.testing.assert_close(read_media(here / "moving.webp", 3), read_media(here / "moving.webp")[[0, 4, 8]])
+
+
+def test_of_an_animation_only_the_frames_asked_for_are_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [Image.new("RGB", (512, 512), (i, 0, 0)) for i in range(0, 240, 4)]
+    frames[0].save(here / "long.gif", save_all=True, append_images=frames[1:])
+    tracemalloc.start()
+    media = read_media(here / "long.gif", 2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(media) == 2 and peak < 10 * 512 * 512 * 3
+    torch.testing.assert_close(media[1, 0], torch.full((512, 512), 236 / 255), rtol=0, atol=0.02)
+    assert read_media(here / "long.gif", 1).shape == (1, 3, 512, 512)
+    monkeypatch.setattr("alignkit.data.video.MOST", 2**20)
+    with pytest.raises(DataError, match="60 frames of 262144 pixels are more than"):
+        read_media(here / "long.gif")
+
+
+def test_an_animation_cut_anywhere_is_read_or_refused_in_words(here: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), (0, 0, 20 * i)) for i in range(5)]
+    for name in ("a.gif", "a.webp", "a.png"):
+        frames[0].save(here / name, save_all=True, append_images=frames[1:])
+        content, refused = (here / name).read_bytes(), 0
+        for length in range(13, len(content), 3):
+            (here / name).write_bytes(content[:length])
+            try:
+                read_media(here / name)
+            except DataError as error:
+                assert name in str(error)
+                refused += 1
+        assert refused
+
+
+def test_a_photograph_is_one_picture_turned_as_it_says(here: Path) -> None:
+    tall, preview = Image.new("RGB", (16, 8), "red"), Image.new("RGB", (4, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    tall.save(here / "a.jpg", exif=exif)
+    assert read_media(here / "a.jpg", 4).shape == (3, 16, 8)
+    tall.save(here / "b.jpg", "MPO", save_all=True, append_images=[preview])
+    assert read_media(here / "b.jpg").shape == (3, 8, 16)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
 
 
 def sample(args: argparse.Namespace) -> int:
+    from alignkit.data.video import FASTEST, SLOWEST
     from alignkit.inference import sampling
 
     call = dict(sampling.parse_setting(text) for text in args.set)
@@ -35,8 +35,8 @@ def sample(args: argparse.Namespace) -> int:
     for name in ("num", "steps", "batch"):
         if vars(args)[name] < 1:
             raise RecipeError(f"--{name} {vars(args)[name]} must be at least 1")
-    if not 0 < args.fps < math.inf:
-        raise RecipeError(f"--fps {args.fps:g} must be above 0, in frames per second")
+    if not SLOWEST <= args.fps <= FASTEST:
+        raise RecipeError(f"--fps {args.fps:g} must be from {SLOWEST:g} to {FASTEST:.0f} frames per second")
     _require_guide_and_reward(args)
     if args.guide is not None:
         return _guided(args, call, loras)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from alignkit.errors import DataError
+from alignkit.errors import AlignkitError, DataError
 from alignkit.types import Prompt
 
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+"""Formats whose further pictures are frames; those of a JPEG (MPO) or TIFF are other pictures."""
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
+"""What Pillow raises for damaged files, and for those of no type that it knows."""
 MAX_PIXELS = 89_478_485  # PIL's own limit before it warns of a decompression bomb
 
 
@@ -36,6 +43,27 @@ def inside(folder: Path, name: str) -> Path:
     return resolved
 
 
+def load_animation(path: str | Path, choose: Callable[[int, int], Sequence[int]]) -> tuple[list[Image.Image], bool]:
+    """Frames of an animated GIF, WebP, PNG or AVIF, or the one of a still, as 8-bit RGB; only those chosen are kept.
+
+    The second value says whether there are several, chosen or not.
+
+    Args:
+        choose: indices of the frames wanted, from their number and the pixels of one.
+
+    Raises:
+        DataError: as of `load_image`.
+    """
+    with _readable(path, MAX_PIXELS) as image:
+        animated = bool(image.format in ANIMATED and image.is_animated)  # type: ignore[attr-defined]
+        wanted = choose(image.n_frames if animated else 1, image.width * image.height)  # type: ignore[attr-defined]
+        kept: dict[int, Image.Image] = {}
+        for index in sorted(set(wanted)):
+            image.seek(index)
+            kept[index] = _rgb(ImageOps.exif_transpose(image))
+        return [kept[index] for index in wanted], animated
+
+
 def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image file as 8-bit RGB, turned as its EXIF says; transparency is laid on white.
 
@@ -44,6 +72,14 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         DataError: missing, empty, truncated or no image, or more than `max_pixels` pixels; names the file.
     """
+    with _readable(path, max_pixels) as image:
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _readable(path: str | Path, max_pixels: int) -> Iterator[Image.Image]:
+    """An image that is read, with what goes wrong then said of the file."""
     try:
         with Image.open(path) as image:
             if image.width * image.height > max_pixels:
@@ -51,14 +87,13 @@ def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
                     f"{path} has {image.width}x{image.height} pixels, more than {max_pixels}: refused as a "
                     "decompression bomb. Make it smaller, or pass max_pixels if it is meant"
                 )
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            yield image
     except Image.DecompressionBombError as error:
         raise DataError(f"{path}: refused as a decompression bomb: {error}") from error
     except FileNotFoundError as error:
         raise DataError(f"{path} is not there") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, DataError):
+    except UNREADABLE as error:
+        if isinstance(error, AlignkitError):
             raise
         raise DataError(f"{path} cannot be read as an image, it is damaged or of another type: {error}") from error
 

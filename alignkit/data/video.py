@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -17,10 +17,12 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from alignkit.data.frames import at_rate, uniform
-from alignkit.data.media import load_image
+from alignkit.data.media import load_animation, load_image
 from alignkit.data.video_decoding import decoded, inspect_video
 from alignkit.errors import DataError
 
+MOST = 2**30  # pixels of all frames that are read at once, 12 GB as float: more is a bomb, or a mistake
+SLOWEST, FASTEST = 1e-3, 1e6  # frames per second that a file can say
 GAP, GREY = 2, 200  # of a contact sheet: pixels between frames, and their grey level
 
 FrameChoice = int | Callable[[int], Sequence[int]] | None
@@ -37,17 +39,63 @@ def read_video(path: str | Path, frames: FrameChoice = None, *, fps: float | Non
         fps: which, by time: those on screen at this many evenly spaced moments per second.
 
     Raises:
-        DataError: it is missing, empty, truncated, damaged, no video, or has fewer frames; names the file.
+        DataError: it is missing, empty, truncated, damaged, no video, too large, or has fewer frames; names the file.
+    """
+    return read_pixels(path, frames, fps=fps).float() / 255
+
+
+def read_pixels(
+    path: str | Path, frames: FrameChoice = None, *, fps: float | None = None, most: int | None = None
+) -> torch.Tensor:
+    """(T, 3, H, W) uint8: as `read_video`, in a quarter of its memory.
+
+    Args:
+        most: pixels of all frames asked for; more are refused. None: `MOST`.
     """
     path = Path(path)
     if frames is not None and fps is not None:
         raise DataError(f"{path}: frames={frames} and fps={fps}; frames are chosen by index or by time, give one")
     if path.is_dir():
         return _folder(path, frames, fps)
+    if _is_webp(path):
+        return _animation(path, frames, fps, most)
     facts = inspect_video(path)
+    if fps is not None:
+        refuse_many(path, facts.times[-1] * fps + 1, facts.pixels, most)
     chosen = at_rate(facts.times, fps) if fps is not None else _chosen(path, frames, len(facts.times))
+    refuse_many(path, len(chosen), facts.pixels, most)
     pixels, _ = decoded(path, facts, chosen)
-    return rearrange(torch.from_numpy(pixels), "t h w c -> t c h w").float() / 255
+    return rearrange(torch.from_numpy(pixels), "t h w c -> t c h w")
+
+
+def refuse_many(path: Path, frames: float, pixels: int, most: int | None = None) -> None:
+    """Raises DataError where so many frames of so many pixels are more than `most` pixels, or `MOST`."""
+    most = MOST if most is None else most
+    if frames * pixels > most:
+        raise DataError(
+            f"{path}: {frames:.0f} frames of {pixels} pixels are more than the {most} pixels that are read at once; "
+            "choose fewer frames, or make it smaller"
+        )
+
+
+def _is_webp(path: Path) -> bool:
+    """FFmpeg reads no animated WebP, as `write_webp` makes it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(12)[8:] == b"WEBP"
+
+
+def _animation(path: Path, frames: FrameChoice, fps: float | None, most: int | None) -> torch.Tensor:
+    if fps is not None:
+        raise DataError(f"{path} is an animated picture; choose its frames by index, not fps={fps}")
+
+    def choose(available: int, pixels: int) -> list[int]:
+        chosen = _chosen(path, frames, available)
+        refuse_many(path, len(chosen), pixels, most)
+        return chosen
+
+    return torch.stack([pil_to_tensor(one) for one in load_animation(path, choose)[0]])
 
 
 def _chosen(path: Path, frames: FrameChoice, available: int) -> list[int]:
@@ -67,7 +115,7 @@ def _folder(path: Path, frames: FrameChoice, fps: float | None) -> torch.Tensor:
     files = sorted(path.glob("*.png"))
     if not files:
         raise DataError(f"{path} has no frames; expected 000.png, 001.png, ...")
-    return torch.stack([pil_to_tensor(load_image(files[i])) for i in _chosen(path, frames, len(files))]).float() / 255
+    return torch.stack([pil_to_tensor(load_image(files[i])) for i in _chosen(path, frames, len(files))])
 
 
 # writing
@@ -78,7 +126,7 @@ def _aside(path: str | Path) -> Iterator[Path]:
     """A file that becomes `path` when all is written: who reads `path` never sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield aside
         aside.replace(path)
@@ -133,8 +181,8 @@ def write_mp4(path: str | Path, media: torch.Tensor, fps: float, *, scale: int =
 
 
 def _rate(fps: float) -> Fraction:
-    if not 0 < fps < math.inf:
-        raise DataError(f"fps={fps}; expected more than 0 frames per second")
+    if not SLOWEST <= fps <= FASTEST:
+        raise DataError(f"fps={fps}; expected from {SLOWEST:g} to {FASTEST:.0f} frames per second")
     return Fraction(fps).limit_denominator(1001)  # as in 24000/1001
 
 

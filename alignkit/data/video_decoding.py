@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
+from alignkit.data.media import MAX_PIXELS
 from alignkit.errors import DataError
 
 NAMES = {"av1": "AV1", "h264": "H.264", "hevc": "HEVC", "vp8": "VP8", "vp9": "VP9", "gif": "GIF"}
 DECODERS = {"libdav1d": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}  # decoders that have another name than the codec
 UNTURNED = (1, 0, 0, 1)
+FORMATS = "mov,matroska,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,ivf,h264,hevc,obu"
+"""Containers that are read, by FFmpeg's names; the others include lists that name further files, of any folder."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,22 @@ class VideoFacts:
         turn: (a, b, c, d), the file's own rotation or mirroring as its display matrix has it: a stored pixel at (x, y)
             is shown at (a x + c y, b x + d y), y down.
         fps: frames per second on average.
+        pixels: of one frame.
     """
 
     codec: str
     times: tuple[float, ...]
     turn: tuple[int, int, int, int]
     fps: float
+    pixels: int
 
 
 def inspect_video(path: str | Path) -> VideoFacts:
     """What a file says of itself; one frame is decoded, for its rotation, and the rest is not.
 
     Raises:
-        DataError: it is missing, empty, truncated, or no video; names the file.
+        DataError: it is missing, empty, truncated, no video, or its frames are too large; names the file.
     """
-    import av
     from av.error import FFmpegError
 
     path = Path(path)
@@ -59,19 +63,36 @@ def inspect_video(path: str | Path) -> VideoFacts:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; expected a video file")
     try:
-        with av.open(str(path)) as container:
+        with _opened(path) as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise DataError(f"{path} has no video stream, only {_streams(container)}; expected a video file")
+            pixels = _frame_pixels(path, stream)
             packets = [(p.pts, p.is_discard) for p in container.demux(stream) if p.size]
             times = _times(stream, [pts for pts, discarded in packets if not discarded])
             _check_whole(path, container, stream, len(packets), times)
-            facts = VideoFacts(_codec(stream), times, UNTURNED, float(stream.average_rate or 0))
-        with av.open(str(path)) as container:
+            facts = VideoFacts(_codec(stream), times, UNTURNED, float(stream.average_rate or 0), pixels)
+        with _opened(path) as container:
             turn = _turn(path, next(container.decode(container.streams.best("video")), None))
     except FFmpegError as error:
         raise DataError(_unreadable(path, error)) from error
     return replace(facts, turn=turn, times=tuple(time - facts.times[0] for time in facts.times))
+
+
+def _opened(path: Path) -> Any:
+    import av
+
+    # from the root: FFmpeg takes what stands before a colon for a protocol
+    return av.open(str(path.absolute()), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
+
+
+def _frame_pixels(path: Path, stream: Any) -> int:
+    if stream.codec_context is None:
+        raise DataError(f"{path} holds a video in a codec that PyAV does not know; is it damaged?")
+    wide, high = stream.codec_context.width, stream.codec_context.height
+    if wide * high > MAX_PIXELS:
+        raise DataError(f"{path} has frames of {wide}x{high} pixels, more than {MAX_PIXELS}: refused as a bomb")
+    return wide * high
 
 
 def _streams(container: Any) -> str:
@@ -141,7 +162,7 @@ def decoded(path: Path, facts: VideoFacts, indices: Sequence[int]) -> tuple[np.n
     pixels = _turned(_by_av(path, facts, indices), facts.turn)
     if why and facts.codec not in _said:  # not before PyAV has read it: damage is no question of the library
         _said.add(facts.codec)
-        warnings.warn(f"{why}; using PyAV", stacklevel=3)
+        warnings.warn(f"{why}; using PyAV", stacklevel=4)
     return pixels, "av"
 
 
@@ -172,7 +193,7 @@ def _by_decord(path: Path, facts: VideoFacts, indices: Sequence[int]) -> np.ndar
 
     codec = NAMES.get(facts.codec, facts.codec)
     try:
-        reader = decord.VideoReader(str(path), num_threads=1)
+        reader = decord.VideoReader(str(path.absolute()), num_threads=1)
         return reader.get_batch(list(indices)).asnumpy() if len(reader) == len(facts.times) else ""
     except (DECORDError, RuntimeError) as error:
         if "cannot find video stream" not in str(error):
@@ -182,14 +203,13 @@ def _by_decord(path: Path, facts: VideoFacts, indices: Sequence[int]) -> np.ndar
 
 
 def _by_av(path: Path, facts: VideoFacts, indices: Sequence[int]) -> np.ndarray:
-    import av
     from av.error import FFmpegError
 
     wanted, last = set(indices), max(indices)
     kept: dict[int, np.ndarray] = {}
     index = -1
     try:
-        with av.open(str(path)) as container:
+        with _opened(path) as container:
             frames: Iterator[Any] = container.decode(container.streams.best("video"))
             for index, frame in enumerate(frames):
                 if frame.is_corrupt:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from torchvision.transforms.functional import pil_to_tensor
 
 from alignkit.data.frames import uniform
-from alignkit.data.video import read_video
+from alignkit.data.media import UNREADABLE, load_animation
+from alignkit.data.video import read_video, refuse_many
 from alignkit.errors import DataError, RecipeError
 from alignkit.rewards import Weighted, describe
 from alignkit.types import Prompt
@@ -25,32 +25,38 @@ def read_media(file: Path, frames: int | None = None) -> torch.Tensor:
         frames: of a video so many, evenly spread from the first to the last; None: all.
 
     Raises:
-        DataError: there is no such file, or it is neither an image nor a video.
+        DataError: there is no such file, or it is neither an image nor a video, or too large.
         RecipeError: `frames` is not positive, or more than the video has.
     """
 
     def chosen(count: int) -> list[int]:
         return list(range(count)) if frames is None else uniform(count, frames)
 
-    try:
-        with Image.open(file) as opened:
-            images = [_on_white(frame) for frame in ImageSequence.Iterator(opened)]
-    except FileNotFoundError as error:
-        raise DataError(f"there is no image or video {file} (looked from {Path.cwd()})") from error
-    except UnidentifiedImageError:
+    def of_picture(count: int, pixels: int) -> list[int]:
+        indices = [0] if count == 1 else chosen(count)
+        refuse_many(file, len(indices), pixels)
+        return indices
+
+    if not file.exists():
+        raise DataError(f"there is no image or video {file} (looked from {Path.cwd()})")
+    if not _is_picture(file):
         return read_video(file, chosen)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be read as an image: {error}") from error
-    if len(images) == 1:
-        return images[0]
-    return torch.stack([images[index] for index in chosen(len(images))])
+    images, moves = load_animation(file, of_picture)
+    pixels = torch.stack([pil_to_tensor(one) for one in images]).float() / 255
+    return pixels if moves else pixels[0]
 
 
-def _on_white(image: Image.Image) -> torch.Tensor:
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    pixels = np.asarray(Image.alpha_composite(white, rgba).convert("RGB"), dtype=np.float32) / 255
-    return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
+def _is_picture(file: Path) -> bool:
+    """Whether Pillow knows the type; whether it can be read is another question."""
+    if file.is_dir():
+        return False
+    try:
+        with Image.open(file):
+            return True
+    except UnidentifiedImageError:
+        return False
+    except (*UNREADABLE, Image.DecompressionBombError):
+        return True
 
 
 def score_files(

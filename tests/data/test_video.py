@@ -19,7 +19,7 @@ from PIL import Image
 
 from alignkit.data import video_decoding
 from alignkit.data.frames import at_rate, every_nth, middles, uniform
-from alignkit.data.video import contact_sheet, read_video, write_mp4, write_webp
+from alignkit.data.video import contact_sheet, read_pixels, read_video, write_mp4, write_webp
 from alignkit.data.video_decoding import decoded, inspect_video
 from alignkit.errors import DataError
 
@@ -422,3 +422,52 @@ def test_the_choices_of_frames_are_those_of_rewards() -> None:
     from alignkit.rewards import frames
 
     assert frames.uniform is uniform
+
+
+# files that were made to harm
+
+
+def test_a_list_of_other_files_is_no_video(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    encoded(tmp_path / "private" / "a.mp4")
+    (tmp_path / "b.mp4").write_text("ffconcat version 1.0\nfile private/a.mp4\n")
+    with pytest.raises(DataError, match=r"b\.mp4 cannot be read as a video: it begins with b'ffconcat"):
+        read_video(tmp_path / "b.mp4")
+
+
+def test_a_name_with_a_colon_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded(tmp_path / "a.mp4").rename(tmp_path / "a:1.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert read_video("a:1.mp4", 2).shape == (2, 3, HIGH, WIDE)
+
+
+def test_more_pixels_than_memory_may_hold_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = encoded(tmp_path / "a.mp4")
+    write_webp(tmp_path / "a.webp", torch.rand(9, 3, HIGH, WIDE), fps=8)
+    for name in ("a.mp4", "a.webp"):
+        with pytest.raises(DataError, match=rf"{name}: 9 frames of {HIGH * WIDE} pixels are more than the"):
+            read_pixels(tmp_path / name, most=9 * HIGH * WIDE - 1)
+        assert len(read_pixels(tmp_path / name, 8, most=9 * HIGH * WIDE - 1)) == 8
+    with pytest.raises(DataError, match="more than the"):  # as a last frame that appears after years would ask
+        read_video(file, fps=1e9)
+    monkeypatch.setattr(video_decoding, "MAX_PIXELS", HIGH * WIDE - 1)
+    with pytest.raises(DataError, match=f"a.mp4 has frames of {WIDE}x{HIGH} pixels, more than"):
+        read_video(file, 1)
+
+
+def test_an_animated_webp_is_read_as_a_video(tmp_path: Path) -> None:
+    media = torch.randint(0, 256, (9, 3, 8, 12), generator=torch.Generator().manual_seed(0)) / 255
+    write_webp(tmp_path / "a.webp", media, fps=8)
+    torch.testing.assert_close(read_video(tmp_path / "a.webp"), media)
+    torch.testing.assert_close(read_video(tmp_path / "a.webp", 3), media[[0, 4, 8]])
+    with pytest.raises(DataError, match="has 9 frames, expected at least 10"):
+        read_video(tmp_path / "a.webp", 10)
+
+
+@pytest.mark.parametrize("fps", [1e-5, 1e9, float("nan"), -1.0])
+def test_a_rate_that_no_file_can_say_is_refused(fps: float, tmp_path: Path) -> None:
+    for write in (write_mp4, write_webp):
+        with pytest.raises(DataError, match="expected from 0.001 to 1000000 frames per second"):
+            write(tmp_path / "a", torch.zeros(2, 3, 4, 4), fps)
