@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from PIL import Image
 
 from alignkit.data.video import write_mp4, write_webp
 from alignkit.evaluation.pictures import MAX_BYTES
@@ -49,6 +50,18 @@ def write_clip(stem: Path, media: torch.Tensor, fps: float, scale: int = 1) -> P
         webp.unlink()
     write_mp4(mp4, media, fps, scale=scale)
     return mp4
+
+
+def write_sheet(stem: Path, sheet: Image.Image) -> Path:
+    """Save a sheet of frames as `STEM.png`, or as `STEM.jpg` where that would be too large for a page."""
+    png, jpeg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.jpg")
+    jpeg.unlink(missing_ok=True)
+    sheet.save(png)
+    if png.stat().st_size <= MAX_BYTES:
+        return png
+    png.unlink()
+    sheet.save(jpeg, quality=90)
+    return jpeg
 
 
 def _joins(media: torch.Tensor) -> bool:

@@ -15,6 +15,7 @@ from einops import rearrange
 from PIL import Image, ImageSequence
 
 from alignkit.data.frames import uniform
+from alignkit.data.media import UNREADABLE
 from alignkit.errors import DataError
 from alignkit.evaluation.monitors import Statistic
 from alignkit.evaluation.motion import Band, Course, bands, course, measures
@@ -138,14 +139,16 @@ def _frames(file: Path, scale: int) -> torch.Tensor:
     with file.open("rb") as opened:
         kind = kind_of(opened.read(16))
     frames = _video_frames(file) if kind == "video/mp4" else _image_frames(file)
+    if scale > min(frames.shape[-2:]):
+        raise ValueError(f"enlarged {scale} times, and smaller than that")
     return frames[..., scale // 2 :: scale, scale // 2 :: scale]
 
 
 def _video_frames(file: Path) -> torch.Tensor:
     # Only here: `alignkit report` also works where torchvision, which this loads, does not fit torch.
-    from alignkit.data.video import read_video
+    from alignkit.data.video import read_pixels
 
-    return (read_video(file) * 255).round().byte()
+    return read_pixels(file, most=MAX_PIXELS)
 
 
 def _image_frames(file: Path) -> torch.Tensor:
@@ -158,6 +161,6 @@ def _image_frames(file: Path) -> torch.Tensor:
                     arrays.append(np.array(frame.convert("RGB")))
                     if len(arrays) * image.width * image.height > MAX_PIXELS:
                         raise ValueError(f"more than {MAX_PIXELS} pixels, too many to be a sample")
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        except (*UNREADABLE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise ValueError(str(error)) from error
     return rearrange(torch.from_numpy(np.stack(arrays)), "t h w c -> t c h w")

@@ -64,7 +64,8 @@ def band_plot(bands: Mapping[str, Band], colours: Sequence[str]) -> str:
             low = [mean - std for mean, std in zip(band.mean, band.std, strict=True)]
             high = [mean + std for mean, std in zip(band.mean, band.std, strict=True)]
             panel.axes.fill_between(band.steps, low, high, color=colour, alpha=0.16, linewidth=0)
-            panel.axes.plot(band.steps, band.mean, color=colour, linewidth=1.6, label=label)
+            alone = "o" if len(band.steps) == 1 else ""  # a line through one point is not seen
+            panel.axes.plot(band.steps, band.mean, color=colour, linewidth=1.6, marker=alone, label=label)
         if all(mean >= 0 for band in bands.values() for mean in band.mean):
             panel.axes.set_ylim(bottom=0)
         panel.axes.xaxis.get_major_locator().set_params(integer=True)

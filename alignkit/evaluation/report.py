@@ -8,6 +8,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,8 @@ def motion_panels(bands: Mapping[str, Mapping[str, Band]]) -> list[Panel]:
         "flow": "optical flow, pixels per frame",
         "brightness": "brightness around the clip's mean",
     }
-    between = list(plots.OTHERS[1:])
-    colours = [plots.GUIDANCE, *between[: max(0, len(bands) - 2)], plots.TRAINED][: len(bands)]
+    between = islice(cycle(plots.OTHERS[1:]), max(0, len(bands) - 2))
+    colours = [plots.GUIDANCE, *between, plots.TRAINED][: len(bands)]
     return [
         Panel(title, plots.band_plot({grid: curves[name] for grid, curves in bands.items()}, colours))
         for name, title in titles.items()

@@ -127,8 +127,8 @@ def write_samples(run: Run, name: str, note: str, assessment: Assessment) -> Non
     grid: dict[str, Any] = {"title": titles[name], "note": note, "images": pictures}
     if media.ndim == 5:
         shown = [Sample(prompt, run.recipe.seed, one) for prompt, one in zip(prompts, media, strict=True)]
-        contact_sheet(shown, captions=[""] * count).save(folder / "sheet.png")
-        grid["sheet"] = f"{name}/sheet.png"
+        sheet = clips.write_sheet(folder / "sheet", contact_sheet(shown, captions=[""] * count))
+        grid["sheet"] = f"{name}/{sheet.name}"
     _index(run.directory.samples, grid)
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from alignkit.data.video import read_video
-from alignkit.evaluation.clips import enlargement, playback_rate, write_clip
+from alignkit.evaluation.clips import enlargement, playback_rate, write_clip, write_sheet
 from alignkit.rewards.pixels import to_uint8
 from tests.evaluation.synthetic_video_run import disc
 
@@ -57,3 +57,15 @@ def test_a_page_shows_clips_large_enough_and_within_seconds() -> None:
         1,
     ]
     assert [playback_rate(frames) for frames in (9, 40, 80)] == [8, 8, 16]
+
+
+def test_a_sheet_that_is_too_large_for_a_page_loses_digits_and_not_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    sheet = Image.fromarray(noise.numpy())
+    assert write_sheet(tmp_path / "sheet", sheet) == tmp_path / "sheet.png"
+    monkeypatch.setattr("alignkit.evaluation.clips.MAX_BYTES", 8000)
+    file = write_sheet(tmp_path / "sheet", sheet)
+    assert file == tmp_path / "sheet.jpg" and file.stat().st_size < 8000
+    assert [one.name for one in tmp_path.iterdir()] == ["sheet.jpg"]

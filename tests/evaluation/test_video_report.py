@@ -6,14 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+from alignkit.data.video import write_mp4
 from alignkit.evaluation.monitors import findings
+from alignkit.evaluation.motion import Band
 from alignkit.evaluation.pictures import measure
-from alignkit.evaluation.record import read_run
-from alignkit.evaluation.report import sheets
+from alignkit.evaluation.plots import band_plot
+from alignkit.evaluation.record import Picture, read_run
+from alignkit.evaluation.report import motion_panels, sheets
 from tests.evaluation.synthetic_run import write_run
 from tests.evaluation.synthetic_video_run import PROMPTS, disc, discs, write_samples
 from tests.evaluation.test_report import Page, page
+
+BANDS = ("flow", "brightness")
 
 
 def said(folder: Path) -> str:
@@ -104,3 +111,45 @@ def test_a_run_on_images_has_no_curves_of_motion(tmp_path: Path) -> None:
     (run / "metrics.jsonl").unlink()
     text = page(run).text
     assert "Frame by frame" not in text and "Image statistics" in text and "flicker" not in text
+
+
+def test_a_file_that_is_small_and_decodes_to_more_than_memory_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mp4(tmp_path / "a.mp4", torch.zeros(20, 3, 64, 64), 8.0)
+    picture = Picture(tmp_path / "a.mp4", "a disc", {}, None)
+    assert measure([picture], tmp_path).statistics
+    monkeypatch.setattr("alignkit.evaluation.pictures.MAX_PIXELS", 19 * 64 * 64)
+    assert not measure([picture], tmp_path).statistics
+
+
+@pytest.mark.parametrize("damage", ["cut", "codec", "scale"])
+def test_no_damaged_sample_keeps_the_page_from_being_made(damage: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), (0, 0, 20 * i)) for i in range(5)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    content = (tmp_path / "a.gif").read_bytes()
+    files = [tmp_path / "a.gif"]
+    if damage == "cut":
+        files = [tmp_path / f"{length}.gif" for length in range(13, len(content))]
+        for length, file in enumerate(files, start=13):
+            file.write_bytes(content[:length])
+    if damage == "codec":
+        files = [tmp_path / "a.mp4"]
+        write_mp4(files[0], torch.zeros(5, 3, 32, 32), 8.0)
+        files[0].write_bytes(files[0].read_bytes().replace(b"avc1", b"none"))
+    scale = 99 if damage == "scale" else 1
+    for file in files:
+        measure([Picture(file, "a disc", {}, None, scale)], tmp_path)
+    assert not measure([Picture(files[0], "a disc", {}, None, scale)], tmp_path).statistics
+
+
+def test_any_number_of_grids_has_its_curves() -> None:
+    for count in (1, 2, 6, 9):
+        bands = {f"grid {i}": {n: Band((1.0, 2.0), (0.1, 0.2), (0.0, 0.1)) for n in BANDS} for i in range(count)}
+        assert all(f"grid {count - 1}" in panel.svg or count == 1 for panel in motion_panels(bands))
+
+
+def test_two_frames_make_a_point_that_is_seen() -> None:
+    line = band_plot({"base": Band((1.0, 2.0), (0.1, 0.2), (0.0, 0.0))}, ["#123456"])
+    point = band_plot({"base": Band((1.0,), (0.1,), (0.0,))}, ["#123456"])
+    assert "<use" in point and point.count("#123456") > line.count("#123456")
