@@ -94,10 +94,17 @@ def located(folder: Path, name: Any, column: str) -> Path | None:
     plain = "\0" not in name and "\\" not in name and "://" not in name
     if plain and not path.is_absolute() and ".." not in path.parts:
         if (folder / path).is_dir() and (folder / path / FIRST_FRAME).is_file():
-            return inside(folder, f"{path.as_posix()}/{FIRST_FRAME}").parent
+            return _without_links_out(inside(folder, f"{path.as_posix()}/{FIRST_FRAME}").parent, folder, column)
         if not (folder / path).exists():
             return None
     return inside(folder, name)
+
+
+def _without_links_out(frames: Path, folder: Path, column: str) -> Path:
+    for file in frames.rglob("*"):
+        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"column {column!r}: {file} is a link out of {folder}; copy the file into the folder")
+    return frames
 
 
 def same_content(first: Medium, second: Medium) -> bool:

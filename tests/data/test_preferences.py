@@ -123,6 +123,12 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path_factory: pyt
     (folder / "link.png").symlink_to(outside)
     with pytest.raises(DataError, match="link out of"):
         load_pairs(lines(folder / "p.jsonl", [{"prompt": "a", "chosen": "link.png", "rejected": "1.png"}]))
+    for name in ("clip", "other"):  # copies of a clip take all that its folder holds
+        (folder / name).mkdir()
+        (folder / name / "000.png").write_bytes(encoded(len(name), "PNG"))
+    (folder / "clip" / "notes.txt").symlink_to(outside)
+    with pytest.raises(DataError, match="notes.txt is a link out of"):
+        load_pairs(lines(folder / "v.jsonl", [{"prompt": "a", "chosen": "clip", "rejected": "other"}]))
 
 
 @pytest.mark.parametrize(
