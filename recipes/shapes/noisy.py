@@ -32,14 +32,15 @@ contests = load_file(path("recipes", "shapes", "contests.py"))
 world = contests.world
 
 DIMENSIONS = contests.DIMENSIONS
-CALL = {**load_file(path("recipes", "shapes", "task.py")).CALL, "guidance_scale": 1.0}
+task = load_file(path("recipes", "shapes", "task.py"))
+CALL = {**task.CALL, "guidance_scale": 1.0}
 LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)  # at which it is measured
 
 
 @cache
 def generator() -> Policy:
-    """The shipped generator."""
-    pipe = DiffusionPipeline.from_pretrained(path("assets", "shapes", "generator"))
+    """The generator of moving shapes."""
+    pipe = DiffusionPipeline.from_pretrained(task.GENERATOR)
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.requires_grad_(False)
     return Policy(pipe)
