@@ -27,7 +27,7 @@ from alignkit.rewards.base import (
 )
 from alignkit.rewards.deadline import StillRunning, within
 from alignkit.rewards.loading import describe, load
-from alignkit.rewards.of_frames import OfPrefix, check_prefix, frames_needed, sparse
+from alignkit.rewards.of_frames import Looking, check_prefix, drawn_in, frames_needed, sparse
 from alignkit.rewards.parts import Counts, bound, check, prepare
 from alignkit.rewards.threads import draws_nothing
 from alignkit.types import Prompt, Scores
@@ -56,6 +56,7 @@ class Weighted:
         tracebacks: the last failure of each reward that failed.
         of_policy: names of rewards that are part of the generator they score; known after `bind`.
         watched: refuse rewards that draw from torch's global generators; see `draws_nothing`.
+        round: what the random frames of videos are drawn by beside the prompt; None: by the prompt alone.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Weighted:
         self.tracebacks: dict[str, str] = {}
         self.of_policy: frozenset[str] = frozenset()
         self.watched = False
+        self.round: Sequence[int | str] | None = None
         self._left_running: dict[str, threading.Thread] = {}
 
     def _add(self, reward: Reward, weight: float) -> None:
@@ -162,7 +164,16 @@ class Weighted:
 
     def frames_needed(self, num_frames: int, prompts: Sequence[str]) -> int | None:
         """How many leading frames of videos of `num_frames` the rewards look at in this batch; None: all of them."""
-        return frames_needed(self.rewards, num_frames, as_prompts(prompts))
+        known = as_prompts(prompts)
+        return frames_needed(self._looking(known), num_frames, known) if self.sparse else None
+
+    def _looking(self, prompts: Sequence[Prompt], num_frames: int | None = None) -> dict[str, Reward]:
+        """The rewards by name, those of some frames told the round and of how many frames the videos are."""
+        if self.round is None and num_frames is None:
+            return self.rewards
+        seeds = None if self.round is None else drawn_in(self.round, prompts)
+        told = {n: Looking(r, num_frames, seeds) for n, r in self.rewards.items() if isinstance(r, OfFrames)}
+        return self.rewards | told
 
     def __call__(
         self,
@@ -189,18 +200,17 @@ class Weighted:
                 are not there.
         """
         known = as_prompts(prompts)
+        looking = self._looking(known, num_frames)
         if num_frames is not None:
-            check_prefix(self.rewards, media, known, num_frames)
+            check_prefix(self.rewards, media, self.frames_needed(num_frames, known) or num_frames, num_frames)
         before = dict(self.failed)
         parts: dict[str, Evaluation] = {}
-        for name, reward in self.rewards.items():
+        for name, reward in looking.items():
             seen = latents if reward.kind == "latent" else media
             if seen is None:
                 parts[name] = not_applicable(len(known), media.device)
                 continue
             asked = _of_clean(reward, cond) if isinstance(reward, NoiseAware) else reward
-            if num_frames is not None and isinstance(reward, OfFrames):
-                asked = OfPrefix(reward, num_frames)
             parts[name] = self._evaluate(asked, seen, known)
         return Scores(
             total=weighted_total(parts, self.weights),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,15 +13,13 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 
 from alignkit.errors import RecipeError, RewardError
-from alignkit.rewards.base import Evaluation, Reward, evaluate
+from alignkit.rewards.base import Reward
 from alignkit.rewards.card import Card
 from alignkit.rewards.frames import middles, one_per_segment
-from alignkit.rewards.loading import describe, load
-from alignkit.rewards.of_frames import frames_at
+from alignkit.rewards.image_frames import ImageFrames
+from alignkit.rewards.loading import load
 from alignkit.rewards.optical_flow import optical_flow
-from alignkit.rewards.parts import bound, check, files_of, prepare
 from alignkit.rewards.pixels import luminance
-from alignkit.rewards.weights import Files
 from alignkit.types import Prompt
 
 
@@ -39,12 +36,13 @@ def temporal_attenuation(frames: torch.Tensor, num_frames: int, strength: float)
 
 
 @dataclass(frozen=True, eq=False)
-class Segmental:
+class Segmental(ImageFrames):
     """An image reward on one frame of each segment of a video, less the farther from the centre.
 
     An image reward on every frame drives a generator to still pictures; sparse and attenuated scores do not
     (InstructVideo's SegVR and TAR, arXiv 2312.12490). Only the chosen frames go through the image reward. Which ones
-    depends on the prompt's id and `seed` alone, so that all samples of a group are judged by the same frames.
+    depends on the prompt's id and `seed` alone, and while a run samples on its round: all samples of a group are judged
+    by the same frames, in every round by others. Held-out prompts keep theirs.
 
     Attributes:
         reward: the image reward, a spec or a reward.
@@ -52,8 +50,9 @@ class Segmental:
         attenuation: strength of `temporal_attenuation`; 0 weighs the frames alike.
         frames: "random" frame of each segment, or its "middle", for evaluation.
         seed: of the random frames.
-        normalised: the weights sum to 1, so that scores are on the image reward's scale; False is the published
-            mean of attenuated scores, whose scale changes with the frames that were drawn.
+        normalised: the weights sum to 1, so that scores are on the image reward's scale. This is not the paper's
+            reward: of one segment all frames then weigh alike, and of several a draw far from the centre counts as
+            much as one near it. False is the published mean of attenuated scores, sum_i f_i r_i / segments.
     """
 
     reward: str | Callable[..., Any] = "pickscore"
@@ -64,7 +63,6 @@ class Segmental:
     normalised: bool = True
     name: str = "segmental"
 
-    kind = "video"
     card: ClassVar[Card] = Card(
         family="video",
         summary="one frame of each segment scores high with an image reward, the centre most",
@@ -81,40 +79,12 @@ class Segmental:
             raise RecipeError(
                 f"segments={self.segments}, attenuation={self.attenuation}; expected at least 1 and at least 0"
             )
-        if self.image_reward.kind != "image":
-            raise RecipeError(
-                f"Segmental needs an image reward; {self.image_reward.name!r} scores {self.image_reward.kind} media"
-            )
+        self.require_images()
 
     @cached_property
     def image_reward(self) -> Reward:
         """What scores the frames."""
         return load(self.reward)
-
-    @property
-    def differentiable(self) -> bool:
-        return self.image_reward.differentiable
-
-    def files(self) -> Sequence[Files]:
-        """Those of the image reward."""
-        return files_of([self.image_reward])
-
-    def prepare(self) -> None:
-        """As the image reward's."""
-        prepare(self.image_reward)
-
-    def bind(self, policy: Any) -> Reward:
-        """The same with an image reward that has what it needs of the policy."""
-        own = bound(self.image_reward, policy)
-        return self if own is self.image_reward else dataclasses.replace(self, reward=own)
-
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """As the image reward's."""
-        check(self.image_reward, prompts)
-
-    def describe(self) -> dict[str, Any]:
-        """What the frames are scored by."""
-        return {"per_frame": describe(self.image_reward)}
 
     def chosen(self, num_frames: int, prompts: Sequence[Prompt]) -> torch.Tensor:
         """(B, segments) indices of the frames that are scored."""
@@ -127,34 +97,15 @@ class Segmental:
         digest = hashlib.sha256(f"{self.seed} {prompt.id}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
 
-    def raw(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> Evaluation:
-        """As `of_frames`, of (B, T, 3, H, W)."""
-        index = self.chosen(media.shape[1], prompts).to(media.device)
-        return self.of_frames(frames_at(media, index), index, media.shape[1], prompts)
-
-    def of_frames(
-        self, frames: torch.Tensor, index: torch.Tensor, num_frames: int, prompts: Sequence[Prompt]
-    ) -> Evaluation:
-        """The weighted mean over the frames to which the image reward applies; a frame that failed fails its video.
-
-        Args:
-            frames: (B, segments, 3, H, W) in [0, 1].
-            index: (B, segments) where they are in videos of `num_frames`.
-        """
-        repeated = [prompt for prompt in prompts for _ in range(self.segments)]
-        evaluation = evaluate(self.image_reward, rearrange(frames, "b s c h w -> (b s) c h w"), repeated)
-        applicable = rearrange(evaluation.applicable, "(b s) -> b s", s=self.segments)
-        scores = rearrange(evaluation.scores, "(b s) -> b s", s=self.segments)
+    def shares(self, index: torch.Tensor, num_frames: int, applicable: torch.Tensor) -> torch.Tensor:
+        """(B, segments) attenuated shares of the mean; normalised they sum to 1 however far from the centre all are."""
+        if self.normalised:
+            distance = (index - num_frames / 2).abs().masked_fill(~applicable, torch.inf)
+            nearest = distance.amin(dim=1, keepdim=True)
+            weights = torch.exp(-self.attenuation * (distance - nearest)).masked_fill(~applicable, 0.0)
+            return weights / weights.sum(dim=1, keepdim=True)
         weights = temporal_attenuation(index, num_frames, self.attenuation) * applicable
-        total = reduce(weights * torch.where(applicable, scores, 0.0), "b s -> b", "sum")
-        return Evaluation(total / self._divisor(weights, applicable), applicable.any(dim=1))
-
-    def _divisor(self, weights: torch.Tensor, applicable: torch.Tensor) -> torch.Tensor:
-        return (weights if self.normalised else applicable).sum(dim=1)
-
-    def __call__(self, media: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """(B,) for (B, T, 3, H, W)."""
-        return evaluate(self, media, prompts).scores
+        return weights / applicable.sum(dim=1, keepdim=True)
 
 
 def frame_difference(media: torch.Tensor) -> torch.Tensor:

@@ -125,7 +125,7 @@ def collect(
     keep_media: bool = False,
 ) -> Experience:
     """Sample `group_size` times per prompt, decode, score. Of videos whose rewards look at some frames only, no more
-    than the first frames up to the last of those are decoded.
+    than the first frames up to the last of those in the batch are decoded; random ones are drawn by `key` and prompt.
 
     Args:
         cond: one sample per prompt.
@@ -138,7 +138,8 @@ def collect(
     size = batch or len(whole)
     parts: list[Rollouts] = []
     kept: list[torch.Tensor] = []
-    num_frames = policy.num_frames(cond) if scoring.sparse and not keep_media else None
+    scoring.rewards.round = key
+    num_frames = frames_of(policy, cond) if scoring.sparse and not keep_media else None
     with scoring.gather(poll, group_size) as gathering:
         for start in range(0, len(whole), size):
             piece = whole[start : start + size]
@@ -158,6 +159,14 @@ def collect(
     return Experience(
         whole, join_rollouts(parts), scores, groups, features, media=torch.cat(kept) if keep_media else None
     )
+
+
+def frames_of(policy: Policy, cond: Conditioning) -> int | None:
+    """Frames of a video that is decoded whole; None where there are no first frames to decode alone, as of pictures."""
+    try:
+        return policy.num_frames(cond)
+    except RecipeError:
+        return None
 
 
 def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:

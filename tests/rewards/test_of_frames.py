@@ -103,3 +103,30 @@ def test_every_nth_frame_is_a_spec_and_less_than_every_frame_is_refused() -> Non
     torch.testing.assert_close(evaluate(reward, media, PROMPTS).scores, media[:, ::4].mean(dim=(1, 2, 3, 4)))
     with pytest.raises(RecipeError, match="nth=0"):
         PerFrameMean(Brightness(), nth=0)
+
+
+def test_random_frames_change_with_the_round_and_are_one_choice_per_prompt_and_round() -> None:
+    media, prompts = videos(), [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
+    media[2] = media[0]
+    weighted = Weighted(Segmental(Brightness(), segments=2))
+    found: list[list[float]] = []
+    for key in (None, (0, "rollout", 0), (0, "rollout", 1), (0, "rollout", 0)):
+        weighted.round = key
+        scores = weighted(media, prompts).total
+        needed = weighted.frames_needed(FRAMES, prompts)
+        torch.testing.assert_close(weighted(media[:, :needed], prompts, num_frames=FRAMES).total, scores)
+        assert scores[0] == scores[2]
+        torch.testing.assert_close(weighted(media[1:2], prompts[1:2]).total, scores[1:2])
+        found.append(scores.tolist())
+    assert found[1] == found[3] and len({tuple(one) for one in found}) == 3
+
+
+def test_a_reward_that_compares_groups_is_asked_about_whole_videos() -> None:
+    class Ranks(Segmental):
+        groupwise = True
+
+    weighted = Weighted(Ranks(Brightness(), segments=2, frames="middle"))
+    weighted.round = (0,)
+    assert not weighted.sparse and weighted.frames_needed(FRAMES, PROMPTS) is None
+    with pytest.raises(RecipeError, match="look at the first 16"):
+        weighted(videos()[:, :12], PROMPTS, num_frames=FRAMES)

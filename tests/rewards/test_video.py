@@ -164,10 +164,30 @@ def test_segmental_takes_any_image_reward_by_its_spec_and_records_it() -> None:
     reward = load('alignkit.rewards.video:Segmental(reward="brightness", segments=2, frames="middle")')
     assert isinstance(reward, Reward) and reward.kind == "video" and reward.differentiable
     assert describe(reward)["per_frame"]["name"] == "brightness"
-    with pytest.raises(RecipeError, match="needs an image reward; 'flow_magnitude' scores video"):
+    with pytest.raises(RecipeError, match="needs a reward of single images; 'flow_magnitude' scores video"):
         Segmental(FlowMagnitude())
     with pytest.raises(RecipeError, match="frames='last'"):
         Segmental(Brightness(), frames="last")
+
+
+def test_segmental_refuses_a_reward_that_compares_groups() -> None:
+    class Ranks(Brightness):
+        groupwise = True
+
+    with pytest.raises(RecipeError, match="Segmental needs a reward of single images; 'brightness_seen' scores groups"):
+        Segmental(Ranks())
+
+
+def test_normalised_scores_of_long_videos_do_not_underflow() -> None:
+    media = numbered(400)
+    for seed in range(5):
+        reward = Segmental(Brightness(), segments=1, seed=seed)
+        (frame,) = reward.chosen(400, [Prompt("a", id=0)])[0].tolist()
+        assert evaluate(reward, media, [Prompt("a", id=0)]).scores.item() == pytest.approx((frame + 1) / 100)
+    media[:, 50:350] = 0  # the frames that weigh most do not apply
+    reward = Segmental(Brightness(skip_black=True), segments=4, frames="middle")
+    (index,) = reward.chosen(400, [Prompt("a")]).tolist()
+    assert index == [49, 149, 249, 349] and score(reward, media) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (1, 0), (0, -2), (3, 2), (-5, 3)])
