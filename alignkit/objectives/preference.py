@@ -68,8 +68,9 @@ def accuracy_with_ties(lead: Tensor, labels: Tensor, threshold: float) -> float:
         lead, labels: (B,) as in `bradley_terry_ties`.
         threshold: at least 0, see `tie_threshold`; below 0 nothing is ever called a tie.
     """
-    said = torch.where(lead.abs() <= threshold, 0.0, lead.sign())
-    return float((said == labels)[labels != INVALID].double().mean())
+    tied = lead.abs() <= threshold
+    right = torch.where(labels == TIE, tied, ~tied & (lead * labels > 0))
+    return float(right[labels != INVALID].double().mean())
 
 
 def tie_threshold(lead: Tensor, labels: Tensor) -> float:

@@ -10,8 +10,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from alignkit.errors import DataError
 from alignkit.flow.path import Path, RectifiedFlow, expand_to
-from alignkit.objectives.preference import INVALID, TIE
+from alignkit.objectives.preference import FIRST, INVALID, SECOND, TIE
 from alignkit.types import Prompt
 
 RECTIFIED = RectifiedFlow()
@@ -55,7 +56,17 @@ class PairBatch:
 
     @classmethod
     def of_labels(cls, first: Tensor, second: Tensor, prompts: Sequence[Prompt], labels: Tensor) -> PairBatch:
-        """Of labels (B, D) as people give them: 1 first is better, -1 second, 0 tie, 22 no valid answer."""
+        """Of labels (B, D) as people give them: 1 first is better, -1 second, 0 tie, 22 no valid answer.
+
+        Raises:
+            DataError: labels of another shape, or other labels.
+        """
+        strange = sorted(set(labels.unique().tolist()) - {FIRST, SECOND, TIE, INVALID})
+        if labels.ndim != 2 or len(labels) != len(prompts) or strange:
+            raise DataError(
+                f"labels of shape {tuple(labels.shape)}{f' holding {strange}' if strange else ''}; expected "
+                f"({len(prompts)}, dimensions) of 1, -1, 0 (tie) and 22 (none)"
+            )
         return cls(first, second, prompts, ties=labels == TIE, preferred=labels.masked_fill(labels == INVALID, 0))
 
     @property

@@ -22,6 +22,7 @@ Loss = Callable[[Any, Any, torch.Generator], tuple[Tensor, Logs]]
 def bradley_terry(model: nn.Module, batch: PairBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
     """-log sigmoid of the winner's lead. Ties are refused: half a win is "softmax_preference"."""
     _require(batch, PairBatch, "bradley_terry")
+    _winners_win(batch, 'loss="bradley_terry"')
     if batch.ties is not None and bool(batch.ties.any()):
         raise RecipeError('loss="bradley_terry" got ties; give loss="softmax_preference", where a tie is half and half')
     ahead = _scores_of_pairs(model, batch)
@@ -51,7 +52,7 @@ def bradley_terry_dimensions(model: nn.Module, batch: PairBatch, rng: torch.Gene
 
 def bradley_terry_ties(model: nn.Module, batch: PairBatch, rng: torch.Generator) -> tuple[Tensor, Logs]:
     """Bradley-Terry with ties, k = 5, mean over the pairs and dimensions that have a valid label (VideoReward,
-    2501.13918). The scorer gives (B,) or (B, D)."""
+    2501.13918), 0 where none has. The scorer gives (B,) or (B, D)."""
     _require(batch, PairBatch, "bradley_terry_ties")
     winners, losers = _scores_of_pairs(model, batch)
     lead = winners - losers
@@ -62,11 +63,7 @@ def bradley_terry_ties(model: nn.Module, batch: PairBatch, rng: torch.Generator)
             "must be (pairs, dimensions): give PairBatch.of_labels, or preferred and ties of that shape"
         )
     valid = labels != preference.INVALID
-    if not valid.any():
-        raise RecipeError(
-            f'loss="bradley_terry_ties" got {len(labels)} pairs without a valid label; draw larger batches'
-        )
-    loss = preference.bradley_terry_ties(lead, labels).sum() / valid.sum()
+    loss = preference.bradley_terry_ties(lead, labels).sum() / valid.sum().clamp(min=1)
     decided, right = labels.abs() == 1, (lead * labels > 0).detach()
     return loss, {f"accuracy_{i}": _share(right[:, i][d]) for i, d in enumerate(decided.unbind(dim=1)) if d.any()}
 
@@ -75,6 +72,7 @@ def softmax_preference(model: nn.Module, batch: PairBatch | ChoiceBatch, rng: to
     """Cross-entropy over the images of one prompt; scores are logits, so the scorer applies its own scale."""
     _require(batch, (PairBatch, ChoiceBatch), "softmax_preference")
     if isinstance(batch, PairBatch):
+        _winners_win(batch, 'loss="softmax_preference"')
         logits = rearrange(list(_scores_of_pairs(model, batch)), "side b -> b side")
         targets = torch.zeros_like(logits)
         targets[:, 0] = 1.0
@@ -127,6 +125,7 @@ LOSSES: Mapping[str, Loss] = {
 
 def pair_accuracy(model: nn.Module, pairs: PairBatch) -> float:
     """Share of pairs whose winner scores strictly higher; a model that scores all alike gets 0. Ties are left out."""
+    _winners_win(pairs, "pair_accuracy")
     winners, losers = _scores_of_pairs(model, pairs)
     right = winners > losers
     return _share(right if pairs.ties is None else right[~pairs.ties])
@@ -138,6 +137,15 @@ def _scores_of_pairs(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor
     sigma = None if batch.sigma is None else torch.cat([batch.sigma, batch.sigma])
     winners, losers = score(model, both, [*batch.prompts, *batch.prompts], sigma).chunk(2)
     return winners, losers
+
+
+def _winners_win(batch: PairBatch, what: str) -> None:
+    if batch.preferred is not None:
+        raise RecipeError(
+            f"{what} takes the first of a pair for the winner, and these pairs are judged in "
+            f'{batch.preferred.shape[-1]} dimensions by `preferred`; use "bradley_terry_dimensions" or '
+            '"bradley_terry_ties"'
+        )
 
 
 def _require(batch: Any, kinds: type | tuple[type, ...], loss: str) -> None:

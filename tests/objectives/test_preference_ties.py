@@ -136,3 +136,9 @@ def test_accuracy_without_ties_asks_only_pairs_with_a_winner_and_equal_scores_ar
     lead = torch.tensor([1.0, -1.0, 0.0, 4.0, -4.0])
     assert accuracy_without_ties(lead, torch.tensor([FIRST, FIRST, SECOND, TIE, INVALID])) == pytest.approx(1 / 3)
     assert math.isnan(accuracy_without_ties(lead, torch.zeros(5)))
+
+
+def test_below_a_threshold_of_0_nothing_is_called_a_tie_not_even_a_lead_of_0() -> None:
+    lead, labels = torch.tensor([0.0, 2.0, 0.0]), torch.tensor([TIE, FIRST, FIRST])
+    assert accuracy_with_ties(lead, labels, -1.0) == pytest.approx(1 / 3)
+    assert accuracy_with_ties(lead, labels, 0.0) == pytest.approx(2 / 3)

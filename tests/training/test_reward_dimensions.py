@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from alignkit.errors import RecipeError
+from alignkit.errors import DataError, RecipeError
 from alignkit.flow.path import VariancePreserving
 from alignkit.training.examples import PairBatch, at_level
-from alignkit.training.reward_losses import LOSSES
+from alignkit.training.reward_losses import LOSSES, pair_accuracy
 from alignkit.types import Prompt
 
 DOUBLE = torch.float64
@@ -135,10 +135,30 @@ def test_bradley_terry_without_ties_leaves_ties_and_missing_labels_out() -> None
     assert_close(found, expected)
 
 
-def test_labels_that_fit_no_scores_and_batches_without_labels_are_refused() -> None:
+def test_labels_that_fit_no_scores_or_nothing_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"scores of \(4, 2\) and labels of \(4, 1\)"):
         plain = PairBatch(torch.zeros(4, 2), torch.zeros(4, 2), [Prompt("")] * 4)
         LOSSES["bradley_terry_ties"](FirstCoordinates(), plain, torch.Generator())
-    with pytest.raises(RecipeError, match="without a valid label"):
-        none = PairBatch.of_labels(torch.zeros(4, 2), torch.zeros(4, 2), [Prompt("")] * 4, torch.full((4, 2), 22))
-        LOSSES["bradley_terry_ties"](FirstCoordinates(), none, torch.Generator())
+    for labels, words in (
+        (torch.tensor([[1], [2]]), r"holding \[2\]"),
+        (torch.ones(2), r"shape \(2,\); expected \(2, d"),
+    ):
+        with pytest.raises(DataError, match=words):
+            PairBatch.of_labels(torch.zeros(2, 1), torch.zeros(2, 1), [Prompt("")] * 2, labels)
+
+
+def test_a_batch_without_a_valid_label_moves_nothing() -> None:
+    first = torch.ones(4, 2, requires_grad=True)
+    none = PairBatch.of_labels(first, torch.zeros(4, 2), [Prompt("")] * 4, torch.full((4, 2), 22))
+    loss, logs = LOSSES["bradley_terry_ties"](FirstCoordinates(), none, torch.Generator())
+    loss.backward()
+    assert loss.item() == 0.0 and logs == {} and first.grad is not None and not first.grad.any()
+
+
+@pytest.mark.parametrize("loss", ["bradley_terry", "softmax_preference"])
+def test_losses_of_winners_refuse_pairs_whose_second_may_be_the_better(loss: str) -> None:
+    said = PairBatch(torch.zeros(2, 2), torch.ones(2, 2), [Prompt("")] * 2, preferred=-torch.ones(2, 2).long())
+    with pytest.raises(RecipeError, match=f'loss="{loss}" takes the first of a pair for the winner'):
+        LOSSES[loss](FirstCoordinates(), said, torch.Generator())
+    with pytest.raises(RecipeError, match="pair_accuracy takes the first of a pair for the winner"):
+        pair_accuracy(FirstCoordinates(), said)
