@@ -141,7 +141,8 @@ class Decode:
     """How decoders trade time for memory. None leaves a setting as the pipeline has it.
 
     Attributes:
-        slicing: sample after sample: the same pixels.
+        slicing: sample after sample: the same pixels. Not for decoders that are told a timestep, to which diffusers
+            then hands those of all samples; `batch` is for every decoder.
         tiling: large pictures in tiles that overlap and are blended: pixels differ by what a tile does not see.
         framewise: long videos in chunks of frames that overlap and are blended: pixels differ likewise.
         batch: samples that are decoded at once, with any pipeline; None: all. The same pixels.
@@ -163,8 +164,10 @@ def set_decoding(pipe: Any, how: Decode) -> None:
     """Switch the settings of a pipeline's decoders; `remember` puts them back.
 
     Raises:
-        RecipeError: a decoder that has not the setting; nothing was switched then.
+        RecipeError: a decoder that has not the setting, or breaks with it; nothing was switched then.
     """
+    from diffusers.configuration_utils import ConfigMixin
+
     if how.batch is not None and how.batch < 1:
         raise RecipeError(f"decode.batch={how.batch}; expected at least 1, or None for all samples at once")
     asked = {name: value for name in ("slicing", "tiling", "framewise") if (value := getattr(how, name)) is not None}
@@ -177,6 +180,11 @@ def set_decoding(pipe: Any, how: Decode) -> None:
                     f"decode.{setting}={asked[setting]}: {name} ({type(vae).__name__}) has no such setting; it has "
                     f"{', '.join(able) or 'none'}, and decode.batch works with every pipeline"
                 )
+        if how.slicing and isinstance(vae, ConfigMixin) and vae.config.get("timestep_conditioning"):
+            raise RecipeError(
+                f"decode.slicing=True: {name} ({type(vae).__name__}) is told a timestep per sample, and diffusers "
+                "slices the samples without these; use decode.batch=1, which does the same with every pipeline"
+            )
     for vae in decoders(pipe).values():
         for setting, on in asked.items():
             if setting == "framewise":

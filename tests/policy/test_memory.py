@@ -289,3 +289,13 @@ def test_a_setting_that_a_decoder_has_not_is_refused_before_anything_is_switched
         assert not pipe.vae.use_slicing
         with pytest.raises(RecipeError, match="decode.batch=0"):
             policy.set_decoding(Decode(batch=0))
+
+
+def test_slicing_is_refused_where_the_decoder_is_told_a_timestep() -> None:
+    pipe = ZOO["ltx_t2v"].build()
+    pipe.vae.register_to_config(timestep_conditioning=True)
+    with Policy(pipe) as policy:
+        with pytest.raises(RecipeError, match="decode.slicing=True: vae .* use decode.batch=1"):
+            policy.set_decoding(Decode(slicing=True, tiling=True))
+        assert not pipe.vae.use_slicing and not pipe.vae.use_tiling
+        policy.set_decoding(Decode(slicing=False, batch=1))
