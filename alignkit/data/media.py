@@ -61,6 +61,8 @@ def load_animation(path: str | Path, choose: Callable[[int, int], Sequence[int]]
         for index in sorted(set(wanted)):
             image.seek(index)
             kept[index] = _rgb(ImageOps.exif_transpose(image))
+        if len({one.size for one in kept.values()}) > 1:
+            raise DataError(f"{path} changes its size from frame to frame; write it anew at one size")
         return [kept[index] for index in wanted], animated
 
 

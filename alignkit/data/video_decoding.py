@@ -83,7 +83,9 @@ def _opened(path: Path) -> Any:
     import av
 
     # from the root: FFmpeg takes what stands before a colon for a protocol
-    return av.open(str(path.absolute()), options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
+    # only lists of files name protocols; a title in Latin-1 is no damage
+    limits = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+    return av.open(str(path.absolute()), options=limits, metadata_errors="replace")
 
 
 def _frame_pixels(path: Path, stream: Any) -> int:
@@ -116,6 +118,8 @@ def _check_whole(path: Path, container: Any, stream: Any, found: int, times: Seq
     """A file that was cut still opens where its index, or a header, stands at the beginning."""
     if not times:
         raise DataError(f"{path} is truncated: it announces a video and holds no frame; copy or download it again")
+    if container.format.name == "avi":  # counts frames that were left out because nothing changed
+        found = max(found, round(times[-1] * float(stream.average_rate or 0)) + 1)
     if found < stream.frames:
         raise DataError(f"{path} is truncated: {found} of {stream.frames} frames are there; copy or download it again")
     alone = len(container.streams) == 1 and "matroska" in container.format.name  # no count of frames, but a length

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from alignkit.data import load_image, load_images, load_prompts
+from alignkit.data.media import load_animation
 from alignkit.errors import DataError
 from alignkit.types import Prompt
 
@@ -86,3 +87,12 @@ def test_the_images_of_a_prompt_are_read_at_use_and_an_error_names_its_line(tmp_
 def test_a_missing_column_is_named_with_the_columns_found() -> None:
     with pytest.raises(DataError, match="no column 'image'; columns found: seed"):
         load_images(Prompt("a", columns={"seed": 1}))
+
+
+def test_an_animation_whose_frames_differ_in_size_is_refused(tmp_path: Path) -> None:
+    for name, wide in (("a.gif", 8), ("b.gif", 20)):
+        Image.new("P", (wide, 8)).save(tmp_path / name)
+    first, second = ((tmp_path / name).read_bytes() for name in ("a.gif", "b.gif"))
+    (tmp_path / "a.gif").write_bytes(first[:-1] + second[second.index(b"\x2c\x00\x00\x00\x00\x14") :])
+    with pytest.raises(DataError, match=r"a\.gif changes its size"):
+        load_animation(tmp_path / "a.gif", lambda count, pixels: range(count))

@@ -471,3 +471,36 @@ def test_a_rate_that_no_file_can_say_is_refused(fps: float, tmp_path: Path) -> N
     for write in (write_mp4, write_webp):
         with pytest.raises(DataError, match="expected from 0.001 to 1000000 frames per second"):
             write(tmp_path / "a", torch.zeros(2, 3, 4, 4), fps)
+
+
+def test_a_title_that_is_no_utf8_is_no_damage(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        file.metadata["title"] = "cafeteria"
+        stream = file.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = WIDE, HIGH, "yuv420p"
+        for one in clip():
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
+        file.mux(stream.encode())
+    content = (tmp_path / "a.mp4").read_bytes()
+    assert b"cafeteria" in content
+    (tmp_path / "a.mp4").write_bytes(content.replace(b"cafeteria", "caf\xe9teria".encode("latin-1")))
+    assert len(read_video(tmp_path / "a.mp4")) == 9
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_frames_that_an_avi_leaves_out_are_not_missing(cut: bool, tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.avi"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = WIDE, HIGH, "yuv420p"
+        for moment, one in zip((0, 1, 2, 10, 11, 30), clip(6), strict=True):
+            frame = av.VideoFrame.from_ndarray(one, format="rgb24")
+            frame.pts, frame.time_base = moment, Fraction(1, 8)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    content = (tmp_path / "a.avi").read_bytes()
+    if not cut:
+        assert len(read_video(tmp_path / "a.avi")) == 6
+        return
+    (tmp_path / "a.avi").write_bytes(content[: content.index(b"idx1") - 600])
+    with pytest.raises(DataError, match="truncated|damaged"):
+        read_video(tmp_path / "a.avi")
