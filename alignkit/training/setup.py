@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from diffusers import DiffusionPipeline
 
 from alignkit.data.prompts import load_prompts, split
+from alignkit.errors import RecipeError
 from alignkit.policy import Policy
 from alignkit.rewards.loading import unavailable
 from alignkit.shipped import resolved
@@ -55,8 +57,18 @@ def prompts_of(recipe: Recipe, data: OfflineData | None) -> tuple[list[Prompt], 
 
 
 def policy_of(recipe: Recipe, runtime: Runtime) -> Policy:
-    """The recipe's pipeline on this process's device, with its trained weights."""
-    pipe = DiffusionPipeline.from_pretrained(resolved(recipe.model), dtype=runtime.dtype).to(runtime.device)
+    """The recipe's pipeline on this process's device, with its trained weights.
+
+    Raises:
+        RecipeError: a folder without a pipeline in it.
+    """
+    model = resolved(recipe.model)
+    if model.count("/") != 1 and not (Path(model) / "model_index.json").is_file():
+        raise RecipeError(
+            f"model={recipe.model!r} is no folder with a model_index.json (looked from {Path.cwd()}), and hub ids have "
+            "one slash"
+        )
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=runtime.dtype).to(runtime.device)
     policy = Policy(pipe, recipe.train, init_lora=recipe.init_lora, attention=recipe.attention)
     policy.set_decoding(recipe.decode)
     return policy
