@@ -5,12 +5,13 @@
    its D = `num_steps` steps; the same level for all frames.
 3. n - 1 of these steps without a graph, the last with one: exactly one denoiser call has a gradient (DRaFT-1,
    2309.17400).
-4. Decode no more than the frames that the rewards look at; loss = -(weighted sum of the rewards).
+4. Decode no frame after the last that the rewards look at in a micro-batch; loss = -(weighted sum of the rewards).
 5. Average over samples, clip the gradient, step.
 
-Where pictures of one frame are judged, `Segmental` is the paper's reward: one random frame of each of four segments
-(SegVR), weighed exp(-|frame - F / 2|) (TAR); the frames are drawn anew for every sample and round. Dense rewards drive
-a generator to still videos, sparse and attenuated ones were found not to.
+Where pictures of one frame are judged, `Segmental(..., normalised=False)` is the paper's reward: one random frame of
+each of four segments (SegVR), weighed exp(-|frame - F / 2|) (TAR); the frames are drawn anew for every sample and
+round. Dense rewards drive a generator to still videos, sparse and attenuated ones were found not to. The default of
+`Segmental` deviates: its weights sum to 1 for every draw, so that scores are on the image reward's scale.
 
 start=1 begins from pure noise: DRaFT-1. Its own rollout then is the run to be differentiated, so the step before the
 last is kept and a round costs one denoiser call per sample beside sampling, at the weights of the round's beginning;
@@ -19,7 +20,9 @@ below 1 each sample costs n more. From `data` nothing is sampled and n is all.
 Trains the guided output by default, as the paper does; text encoders never.
 
 Deviations from the paper, on purpose: rectified flow and any variance-preserving sampler, on the sampler's own grid
-instead of d(i) = T / D (i - 1) + 1; rewards of any kind and number; `velocity_beta`, which the paper has not.
+instead of d(i) = T / D (i - 1) + 1; any number of differentiable rewards of pictures, videos or clean latents;
+`velocity_beta`, which the paper has not. Pipelines that put known parts into the latents after every step (masks,
+given frames) are refused: the steps are taken one by one, where their loop would do so only at its end.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import torch
 from alignkit.errors import RecipeError
 from alignkit.flow.plan import Plan, deterministic
 from alignkit.flow.transition import ODE, Transition, reduce_positions
+from alignkit.policy import Conditioning
 from alignkit.training.experience import Experience
 from alignkit.training.matching import noised
 from alignkit.training.recipe import Recipe
@@ -42,15 +46,14 @@ from alignkit.training.reward_gradient import (
     check_differentiable,
     entering_last_step,
     last_step,
-    noise_of,
     scores_of,
     steps_left,
     without_gradient,
 )
-from alignkit.types import Rollouts, Scores, StepRecord, View
+from alignkit.types import Noised, Rollouts, Scores, StepRecord, View
 
 if TYPE_CHECKING:
-    from alignkit.policy import Conditioning, Policy
+    from alignkit.policy import Policy
     from alignkit.rewards import Weighted
     from alignkit.training.update import Batch
 
@@ -110,6 +113,10 @@ class InstructVideo(Recipe):
         if self.velocity_beta < 0:
             raise RecipeError(f"velocity_beta={self.velocity_beta} must be at least 0")
         check_differentiable(self.rewards, type(self).__name__)
+        if self.precision == "fp16":
+            raise RecipeError(
+                "precision='fp16': a reward's gradient overflows in an fp16 decoder; use 'bf16' or 'fp32'"
+            )
 
     def rollout(
         self,
@@ -120,7 +127,12 @@ class InstructVideo(Recipe):
         group_size: int,
         poll: Callable[[], None],
     ) -> Rollouts:
-        """From pure noise the step before the last is kept."""
+        """From pure noise the step before the last is kept.
+
+        Raises:
+            RecipeError: the pipeline's loop puts known parts into the latents.
+        """
+        refuse_blends(cond)
         if not self.whole:
             return super().rollout(policy, cond, plan, rng, group_size, poll)
         last = plan.num_steps - 1
@@ -138,6 +150,7 @@ class InstructVideo(Recipe):
         return torch.ones_like(scores.total), torch.ones_like(scores.total, dtype=torch.bool)
 
     def completed(self, experience: Experience, rewards: Weighted) -> Experience:
+        refuse_blends(experience.cond)
         return Judged(**vars(experience), rewards=rewards)
 
     def views(self, policy: Policy, experience: Experience, rng: Sequence[torch.Generator]) -> tuple[View, ...]:
@@ -149,8 +162,7 @@ class InstructVideo(Recipe):
             (record,) = rollouts.steps
             index, latents, x0 = record.index, record.latents, record.next_latents
             sigma = torch.full((len(x0),), record.sigma, device=x0.device)
-            view = noised(policy, x0, noise_of(policy.path, x0, latents, sigma), sigma)
-            view = replace(view, latents=latents)
+            view = Noised(x0, latents, latents, sigma, torch.full_like(sigma, record.timestep))
         else:
             index = self.num_steps - self.edit_steps
             eps = torch.stack([torch.randn(rollouts.x0.shape[1:], generator=one, device=one.device) for one in rng])
@@ -186,7 +198,16 @@ class InstructVideo(Recipe):
         with self.compared(policy), torch.no_grad():
             reference = policy.transition(entered, len(cond.timesteps) - 1, cond, ODE).velocity
         assert step.velocity is not None and reference is not None
-        return reduce_positions((step.velocity - reference) ** 2, step.mask, "mean")
+        return reduce_positions((step.velocity - reference) ** 2, None, "mean")
+
+
+def refuse_blends(cond: Conditioning) -> None:
+    """Raises RecipeError where the pipeline's loop puts known parts into the latents after every step."""
+    if isinstance(cond, Conditioning) and cond.layout.blends:
+        raise RecipeError(
+            "this pipeline puts known parts (a mask, given frames) into the latents after every step of its loop, and "
+            "InstructVideo takes its last step without the loop; use GRPO or NFT, which need no reward's gradient"
+        )
 
 
 def edited(scores: Scores, masked: bool) -> dict[str, torch.Tensor]:

@@ -16,12 +16,13 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch.testing import assert_close
 
-from alignkit.errors import RecipeError
+from alignkit.errors import RecipeError, RewardError
 from alignkit.flow.plan import deterministic
 from alignkit.policy import Conditioning, Policy
 from alignkit.rewards import Weighted, load
 from alignkit.rewards.video import Segmental
 from alignkit.training.benchmark_methods import observed
+from alignkit.training.experience import Experience
 from alignkit.training.grpo import GRPO
 from alignkit.training.instruct_video import InstructVideo, Judged
 from alignkit.training.reward_gradient import Begun, entering_last_step, last_step, scores_of, steps_left
@@ -31,7 +32,7 @@ from alignkit.types import Prompt
 from recipes.mixture.policy import MixturePolicy
 from recipes.mixture.train import UNUSED, train
 from recipes.mixture.world import Function, PointReward, linear, quadratic
-from tests.policy.zoo import ZOO
+from tests.policy.zoo import PROMPTS, ZOO
 from tests.training.test_regression_methods import make_run, method
 from tests.training.test_resume import final_state, interrupted_at
 
@@ -357,6 +358,15 @@ def raises_once() -> Function:
     return broken
 
 
+class Aware:
+    """Scores latents at every noise level."""
+
+    name, kind, differentiable, noise_aware = "aware", "latent", True, True
+
+    def __call__(self, latents: torch.Tensor, sigma: torch.Tensor, cond: Any) -> torch.Tensor:
+        return -latents.square().flatten(1).mean(dim=1)
+
+
 def failing(tiny: GRPO, folder: Path, broken: Function, **fields: Any) -> Run:
     own = {"rewards": {FailsWhereEdited(broken): 1.0}, "on_error": "mask", **fields}
     return make_run(editing(tiny, **own), folder / "run")
@@ -369,7 +379,7 @@ def test_a_sample_whose_reward_failed_is_left_out_where_failures_are_masked(
     run = failing(tiny_recipe, tmp_path, broken, velocity_beta=0.5)
     batch = batch_of(run)
     loss, _ = run.recipe.policy_step(run.policy, batch)
-    assert float(loss[0]) == 0.0 and bool((loss[1:] != 0).all())
+    assert float(loss[0].detach()) == 0.0 and bool((loss[1:] != 0).all())
     loss.mean().backward()
     found = gradients(run)
     run.optimizer.zero_grad()
@@ -423,11 +433,34 @@ def test_a_run_stopped_and_resumed_equals_the_uninterrupted_run_bit_for_bit(
         ({"start": 0.1}, "the smallest that leaves one: 0.25"),
         ({"start": 1.0, "prompts": None, "data": "samples.jsonl"}, "begins from pure noise"),
         ({"velocity_beta": -1.0}, "velocity_beta=-1.0"),
+        ({"precision": "fp16"}, "precision='fp16': a reward's gradient overflows"),
+        ({"rewards": {Aware(): 1.0}}, "aware is noise-aware: it guides sampling"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_sentence(tiny_recipe: GRPO, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         editing(tiny_recipe, **fields).validate()
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_loop_that_blends_known_parts_is_refused(share: float, tiny_recipe: GRPO) -> None:
+    entry = ZOO["sd15_inpaint_blend"]
+    with Policy(entry.build()) as policy:
+        cond = policy.condition(PROMPTS, num_steps=2, **entry.call)
+        own = editing(tiny_recipe, start=share, num_steps=2)
+        rng = [torch.Generator().manual_seed(i) for i in range(len(cond))]
+        with pytest.raises(RecipeError, match="puts known parts .* without the loop; use GRPO or NFT"):
+            own.rollout(policy, cond, deterministic(2), rng, 1, lambda: None)
+        with pytest.raises(RecipeError, match="puts known parts"):
+            own.completed(Experience(cond, cast(Any, None), cast(Any, None), torch.zeros(2)), Weighted(own.rewards))
+
+
+def test_a_video_reward_on_a_pipeline_of_pictures_says_what_it_scores(tiny_recipe: GRPO, tmp_path: Path) -> None:
+    run = make_run(editing(tiny_recipe), tmp_path / "run")
+    batch = batch_of(run)
+    rewards = Weighted(Segmental("brightness"))
+    with pytest.raises(RewardError, match="'segmental' scores video media"):
+        scores_of(rewards, run.policy, batch.view.x0, batch.cond, batch.view.seeds)
 
 
 # learning
