@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from alignkit.flow.transition import Noise, Transition
     from alignkit.inference.guide import Guided, guide
     from alignkit.policy.adapters import Full, LoRA
-    from alignkit.policy.memory import Decode
     from alignkit.policy.conditioning import Conditioning
+    from alignkit.policy.memory import Decode
     from alignkit.policy.pipeline import Policy
     from alignkit.training.adversary import Critic
     from alignkit.training.awm import AWM
