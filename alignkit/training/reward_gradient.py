@@ -95,13 +95,14 @@ def without_gradient(x: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def check_differentiable(rewards: Mapping[Any, float], method: str) -> None:
-    """Refuse rewards with a say in the total that give no gradient.
+    """Refuse rewards with a say in the total that give no gradient, and any that cannot score samples.
 
     Raises:
         RecipeError: there is none with a say; or names those without a gradient, or those of noisy latents.
     """
-    steering = [load(spec) for spec, weight in rewards.items() if weight != 0]
-    guides = [reward.name for reward in steering if isinstance(reward, NoiseAware)]
+    loaded = [(load(spec), weight) for spec, weight in rewards.items()]
+    steering = [reward for reward, weight in loaded if weight != 0]
+    guides = [reward.name for reward, _ in loaded if isinstance(reward, NoiseAware)]
     if guides:
         raise RecipeError(
             f"{method} scores what it sampled, and {', '.join(guides)} is noise-aware: it guides sampling "

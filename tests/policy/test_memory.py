@@ -154,7 +154,7 @@ def test_encoders_are_found_and_their_bytes_counted_once() -> None:
     pipe = sd3()
     assert set(encoders(pipe)) == {"text_encoder", "text_encoder_2", "text_encoder_3"}
     layer = nn.Linear(4, 4)
-    layer.register_parameter("again", layer.weight)
+    layer.register_parameter("again", layer.weight)  # type: ignore[arg-type]
     assert size(layer) == 4 * (16 + 4)
 
 

@@ -56,7 +56,7 @@ def test_the_chosen_frames_alone_score_as_the_whole_video(name: str) -> None:
     assert isinstance(reward, OfFrames)
     index = reward.chosen(FRAMES, PROMPTS)
     found = reward.of_frames(frames_at(media, index), index, FRAMES, PROMPTS)
-    whole = evaluate(reward, media, PROMPTS)
+    whole = evaluate(reward, media, PROMPTS)  # type: ignore[arg-type]
     torch.testing.assert_close(found.scores, whole.scores, equal_nan=True)
     assert torch.equal(found.applicable, whole.applicable)
 

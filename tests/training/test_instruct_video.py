@@ -434,6 +434,7 @@ def test_a_run_stopped_and_resumed_equals_the_uninterrupted_run_bit_for_bit(
         ({"start": 1.0, "prompts": None, "data": "samples.jsonl"}, "begins from pure noise"),
         ({"velocity_beta": -1.0}, "velocity_beta=-1.0"),
         ({"precision": "fp16"}, "precision='fp16': a reward's gradient overflows"),
+        ({"rewards": {"brightness": 1.0, Aware(): 0.0}}, "aware is noise-aware"),
         ({"rewards": {Aware(): 1.0}}, "aware is noise-aware: it guides sampling"),
     ],
 )
