@@ -20,15 +20,16 @@ COMMANDS = ["run", "resume", "plan", "sample", "score", "pairs", "fetch", "rewar
 
 FIELDS = """
 adam_betas advantage advantage_clip attention branch_width branches call checkpoint_seconds clip clip_high critic data
-data_anchor data_beta data_samples decode.batch decode.framewise decode.slicing decode.tiling diversity_prompts diversity_samples diversity_shaping dppo_threshold ema_decay
-eval_batch eval_curve_prompts eval_every eval_limit eval_prompts eval_steps gradient_checkpointing group_size
-guidance_baseline init_lora judges keep_checkpoints kl_adaptive kl_beta kl_form kl_prompts kl_share kl_steps lr
-lr_schedule max_grad_norm micro_batch model noise.kind noise.level noise.scaled num_steps objective old.decay
-old.delay old.every old.kl old.ramp on_error plan plan_steps precision prompts prompts_per_step ratio_norm reduce
-reference replay replay_rounds reward_device reward_timeout rewards.ocr rewards_beside rollout_batch sample_prompts
-sample_with seed shared_noise slide slide_every step_weights steps time_limit tracker train.alpha train.rank
-train.seed train.targets train_guidance transform transform_quantile transform_samples transform_scales updates
-velocity_beta warmup weight_decay window window_decay window_first window_last
+data_anchor data_beta data_samples decode.batch decode.framewise decode.slicing decode.tiling diversity_prompts
+diversity_samples diversity_shaping dppo_threshold ema_decay eval_batch eval_curve_prompts eval_every eval_limit
+eval_prompts eval_steps gradient_checkpointing group_size guidance_baseline init_lora judges keep_checkpoints
+kl_adaptive kl_beta kl_form kl_prompts kl_share kl_steps lr lr_schedule max_grad_norm micro_batch model noise.kind
+noise.level noise.scaled num_steps objective old.decay old.delay old.every old.kl old.ramp on_error plan plan_steps
+precision prompts prompts_per_step ratio_norm reduce reference replay replay_rounds reward_device reward_timeout
+rewards.ocr rewards_beside rollout_batch sample_prompts sample_with seed shared_noise slide slide_every step_weights
+steps time_limit tracker train.alpha train.rank train.seed train.targets train_guidance transform transform_quantile
+transform_samples transform_scales updates velocity_beta warmup weight_decay window window_decay window_first
+window_last
 """
 
 RECIPE = """

@@ -148,7 +148,8 @@ def test_denoiser_rows_are_those_that_a_round_really_computes(method: str, place
         assert compared == rows["reference"] + rows["old"]
     else:
         assert (compared, learning["old"]) == (rows["reference"], rows["old"])
-    assert learning["current"] == rows["editing"] and rows["total"] == sum(n for role, n in rows.items() if role != "total")
+    assert learning["current"] == rows["editing"]
+    assert rows["total"] == sum(n for role, n in rows.items() if role != "total")
 
 
 def test_a_window_and_two_rows_of_guidance_are_in_the_counted_rows(place: Path) -> None:
