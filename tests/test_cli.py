@@ -241,6 +241,7 @@ def test_plan_prints_a_record_in_which_what_was_not_measured_is_null(
     assert record["round"]["samples"] == 2
     assert record["round"]["rows"] == {
         "sampling": 12,
+        "editing": 0,
         "training": 8,
         "reference": 0,
         "old": 0,

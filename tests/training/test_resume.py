@@ -144,6 +144,7 @@ def test_sigterm_to_a_real_process_commits_and_leaves_with_its_code(tiny_recipe:
     body = ", ".join(f"{name}={value!r}" for name, value in fields.items())
     recipe.write_text(
         "from alignkit.flow.transition import Noise\nfrom alignkit.policy import LoRA\n"
+        "from alignkit.policy.memory import Decode\n"
         "from alignkit.training.follow import Follow\n"
         f"from alignkit.training.grpo import GRPO\n\n\ndef recipe():\n    return GRPO({body})\n"
     )
