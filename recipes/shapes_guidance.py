@@ -16,13 +16,18 @@ from alignkit.shipped import path
 
 shapes = load_file(path("recipes", "shapes", "task.py"))
 
-HEAD = 'noise_aware(weights="runs/shapes_noisy/model", dimension="{}")'
+HEAD = 'noise_aware(weights="shipped:assets/shapes/noisy", dimension="{}")'
 VQ, MQ, TA = (HEAD.format(dimension) for dimension in ("VQ", "MQ", "TA"))
+CLEAN_HEAD = (
+    'shipped:recipes/worlds/ablation.py:CleanHead(weights="shipped:assets/shapes/noisy_clean", '
+    'dimension="{0}", name="clean_{0}")'
+)
 NRG = "nrg(clip=1.0)"
 
 
 def recipe() -> Comparison:
     heads = {VQ: 1.0, MQ: 1.0, TA: 1.0}
+    clean = {CLEAN_HEAD.format(dimension): 1.0 for dimension in ("VQ", "MQ", "TA")}
     return Comparison(
         model=shapes.GENERATOR,
         prompts="shipped:assets/shapes/held_out.txt",
@@ -34,6 +39,7 @@ def recipe() -> Comparison:
             "best of 4": Arm("best_of_n", budget=4.0),
             "NRG": Arm(NRG, heads),
             "NRG, best of 4": Arm(NRG, heads, budget=4.0),
+            "NRG, clean heads": Arm(NRG, clean),
         },
         call={**shapes.CALL, "guidance_scale": 1.0},
         num_steps=8,

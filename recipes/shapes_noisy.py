@@ -20,22 +20,22 @@ def recipe() -> RewardModel:
         loss="bradley_terry_ties",
         noise=(0.0, 0.95),
         batch=24,
-        steps=400,
+        steps=1200,
         lr=1e-3,
         warmup=50,
         lr_schedule="cosine",
         ema_decay=0.99,
-        eval_every=200,
+        eval_every=400,
     )
 
 
 def clean() -> RewardModel:
     """Clean latents only: the ablation that guides worse than nothing in the paper (VideoAlign, Table 5)."""
     return replace(
-        recipe(), model=f"{SHAPES}:scorer(noise=None)", data=f"{SHAPES}:Contests(noised=False)", noise=None, steps=250
+        recipe(), model=f"{SHAPES}:scorer(noise=None)", data=f"{SHAPES}:Contests(noised=False)", noise=None
     )
 
 
 def control() -> RewardModel:
     """Pairs get the labels of other pairs."""
-    return replace(recipe(), data=f"{SHAPES}:Contests(shuffled=True)", steps=250)
+    return replace(recipe(), data=f"{SHAPES}:Contests(shuffled=True)", steps=400)

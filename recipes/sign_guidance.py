@@ -17,7 +17,7 @@ PREFERENCE = 'open_clip(model="shipped:assets/signs/preference", name="sign_pref
 LEGIBILITY = 'noise_aware(weights="shipped:assets/signs/noisy", dimension="legibility")'
 COLOUR = 'noise_aware(weights="shipped:assets/signs/noisy", dimension="colour")'
 CLEAN = (
-    'shipped:recipes/signs/ablation.py:CleanHead(weights="shipped:assets/signs/noisy_clean", '
+    'shipped:recipes/worlds/ablation.py:CleanHead(weights="shipped:assets/signs/noisy_clean", '
     'dimension="legibility", name="clean_legibility")'
 )
 NRG = "nrg(clip=1.0)"

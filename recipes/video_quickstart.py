@@ -3,7 +3,7 @@
 The reward is a tiny VideoReward that was trained on pairs of clips (`shapes_reward`). The judge is a tracker of
 centroids and colours that no training sees.
 
-Command:   alignkit run video_quickstart        (first build the generator: recipes/shapes/README.md)
+Command:   alignkit run video_quickstart
 Measured:  not yet run on a finished generator
 """
 
@@ -32,18 +32,19 @@ def recipe() -> GRPO:
         plan="random",
         window=2,
         window_last=2,  # where a shape goes is decided in the first half of the steps
-        steps=40,
-        time_limit=240.0,
+        shared_noise=True,  # else most of what a group differs in is its first noise, which no step is to blame for
+        steps=90,
+        time_limit=330.0,
         prompts_per_step=8,
         group_size=8,
         updates=4,
-        lr=3e-3,
+        lr=1e-3,
         warmup=3,
         lr_schedule="linear",
         clip=1e-3,
         kl_beta=0.02,
         ema_decay=0.8,
-        eval_every=10,
+        eval_every=30,
         sample_prompts=8,
         diversity_samples=4,
     )

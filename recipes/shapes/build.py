@@ -1,6 +1,6 @@
 """Build the generator of moving shapes, from nothing, on one CPU core.
 
-    python recipes/shapes/build.py --out runs/shapes [--stages vae free ...] [--seed 0]
+    python recipes/shapes/build.py --out runs/shapes [--stages vae clean ...] [--seed 0]
 
 Stages go on where an interrupted run stopped. README.md beside this file says what they cost and score.
 """
@@ -17,9 +17,9 @@ from train_flow import train_flow
 from train_vae import train_vae
 
 # flow phase -> (its data, the phase it begins from); the second goes on with the averaged weights of the first
-PHASES = {"free": (world.FREE, None), "places": (world.PRETRAINING, "free")}
+PHASES = {"clean": (world.NONE, None), "crawl": (world.PRETRAINING, "clean")}
 STAGES = ("vae", *PHASES, "score")
-MINUTES = {"vae": 15.0, "free": 40.0, "places": 35.0}  # of one core that is otherwise free
+MINUTES = {"vae": 31.0, "clean": 22.0, "crawl": 14.0}  # of one core that is otherwise free
 
 
 def write_prompts(out: Path) -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     for stage, minutes in MINUTES.items():
         help_text = f"wall time of {stage}, earlier sittings counted"
         parser.add_argument(f"--{stage}-minutes", type=float, default=minutes, help=help_text)
-    parser.add_argument("--pairs", type=int, default=24576, help="pretraining pairs per phase, encoded once")
+    parser.add_argument("--pairs", type=int, default=8192, help="pretraining pairs per phase, encoded once")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

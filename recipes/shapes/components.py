@@ -1,62 +1,62 @@
-"""The generator's components, tiny: LTX-Video's own classes with our sizes, and a tokenizer of our words."""
+"""The generator's components, tiny: Wan's own classes with our sizes, and a tokenizer of our words."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import (
-    AutoencoderKLLTXVideo,
-    FlowMatchEulerDiscreteScheduler,
-    LTXPipeline,
-    LTXVideoTransformer3DModel,
-)
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
-from world import COLOURS, DIRECTIONS, SHAPES
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+from world import COLOURS, DIRECTIONS, FRAMES, SHAPES
 
 LATENT_CHANNELS = 32
-VAE_WIDTHS = (32, 64)
+VAE_WIDTH, PATCH = 32, 4
+LATENT_FRAMES = (FRAMES - 1) // 2 + 1
 TEXT_WIDTH = 64
-WIDTH, HEADS, LAYERS = 128, 4, 5
+HEADS, HEAD_WIDTH, LAYERS = 4, 48, 5
 
 
-def build_vae() -> AutoencoderKLLTXVideo:
-    """LTX-Video 0.9.5's autoencoder, causal both ways: (B, 3, 1 + 2 n, H, W) in [-1, 1] to (B, 32, 1 + n, H / 8, W / 8)
-    and back. Every residual branch starts at zero, so that what is left is a linear patch code: without, tiny objects
-    stay unlearnt for thousands of steps."""
-    vae = AutoencoderKLLTXVideo(
-        latent_channels=LATENT_CHANNELS,
-        block_out_channels=VAE_WIDTHS,
-        decoder_block_out_channels=VAE_WIDTHS[1:],
-        down_block_types=("LTXVideo095DownBlock3D",),
-        downsample_type=("spatiotemporal",),
-        layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        spatio_temporal_scaling=(True,),
-        decoder_spatio_temporal_scaling=(True,),
-        decoder_inject_noise=(False, False),
-        upsample_residual=(True,),
-        upsample_factor=(2,),
-        patch_size=4,
-        encoder_causal=True,
-        decoder_causal=True,
+def build_vae() -> AutoencoderKLWan:
+    """A causal video autoencoder: (B, 3, 1 + 2 n, H, W) in [-1, 1] to (B, 32, 1 + n, H / 8, W / 8) and back.
+
+    Every residual branch starts at zero: without, tiny objects stay unlearnt for thousands of steps."""
+    vae = AutoencoderKLWan(
+        base_dim=VAE_WIDTH,
+        decoder_base_dim=VAE_WIDTH,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+        in_channels=3 * PATCH**2,
+        out_channels=3 * PATCH**2,
+        patch_size=PATCH,
+        scale_factor_temporal=2,
+        scale_factor_spatial=2 * PATCH,
     )
     for name, module in vae.named_modules():
-        if isinstance(module, torch.nn.Conv3d):
+        if name.endswith("conv2"):
+            torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
-            if any(part in name for part in ("conv2", "downsamplers", "upsamplers")):
-                torch.nn.init.zeros_(module.weight)
     return vae
 
 
-def build_transformer() -> LTXVideoTransformer3DModel:
-    return LTXVideoTransformer3DModel(
+def build_transformer() -> WanTransformer3DModel:
+    """One token is 8 x 8 pixels over the whole clip, so that the way a shape moves is in every token that it crosses.
+    With a token for every latent frame, the motion had not been learnt when shapes and colours long were."""
+    transformer = WanTransformer3DModel(
+        patch_size=(LATENT_FRAMES, 1, 1),
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_WIDTH,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        num_attention_heads=HEADS,
-        attention_head_dim=WIDTH // HEADS,
-        cross_attention_dim=WIDTH,
+        text_dim=TEXT_WIDTH,
+        freq_dim=64,
+        ffn_dim=4 * HEADS * HEAD_WIDTH,
         num_layers=LAYERS,
-        caption_channels=TEXT_WIDTH,
     )
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    torch.nn.init.zeros_(transformer.proj_out.bias)
+    return transformer
 
 
 def build_tokenizer() -> T5Tokenizer:
@@ -66,9 +66,9 @@ def build_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def build_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+def build_text_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
     """Two layers; token embeddings of unit scale, so that hidden states are informative from the first step on."""
-    config = T5Config(
+    config = UMT5Config(
         vocab_size=len(tokenizer),
         d_model=TEXT_WIDTH,
         d_kv=16,
@@ -80,15 +80,15 @@ def build_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    encoder = T5EncoderModel(config)
+    encoder = UMT5EncoderModel(config)
     torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
     return encoder
 
 
-def build_pipeline(vae: AutoencoderKLLTXVideo) -> LTXPipeline:
+def build_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
     """A pipeline around `vae`, otherwise untrained."""
     tokenizer = build_tokenizer()
-    return LTXPipeline(
+    return WanPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
         vae=vae,
         text_encoder=build_text_encoder(tokenizer),

@@ -25,7 +25,7 @@ from alignkit import Policy, Prompt
 from alignkit.objectives.preference import accuracy_with_ties, accuracy_without_ties, tie_threshold
 from alignkit.rewards.loading import load_file
 from alignkit.rewards.noisy_head import HeadConfig, NoisyScorer
-from alignkit.shipped import path
+from alignkit.shipped import path, resolved
 from alignkit.training.examples import PairBatch
 
 contests = load_file(path("recipes", "shapes", "contests.py"))
@@ -40,7 +40,7 @@ LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)  # at which it is measured
 @cache
 def generator() -> Policy:
     """The generator of moving shapes."""
-    pipe = DiffusionPipeline.from_pretrained(task.GENERATOR)
+    pipe = DiffusionPipeline.from_pretrained(resolved(task.GENERATOR))
     pipe.set_progress_bar_config(disable=True)
     pipe.transformer.requires_grad_(False)
     return Policy(pipe)
@@ -114,7 +114,7 @@ class Contests:
 
     def __init__(
         self,
-        pairs: int = 1200,
+        pairs: int = 4000,
         mistaken: float = 0.05,
         unanswered: float = 0.03,
         shuffled: bool = False,

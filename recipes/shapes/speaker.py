@@ -185,7 +185,7 @@ class Descriptions:
         clips: how many are drawn, before training.
     """
 
-    def __init__(self, clips: int = 6000) -> None:
+    def __init__(self, clips: int = 12000) -> None:
         train, held_out = world.split_prompts()
         self.train, self.held_out = (
             described_clips(count, prompts, seed) for count, prompts, seed in ((clips, train, 0), (256, held_out, 1))

@@ -9,8 +9,7 @@ from alignkit.shipped import path
 
 shared = load_file(path("recipes", "worlds", "shared.py"))
 
-GENERATOR = "runs/shapes/generator"
-"""What `python recipes/shapes/build.py --out runs/shapes` makes."""
+GENERATOR = "shipped:assets/shapes/generator"
 CALL = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 8}
 REWARD = (
     'video_reward(weights="shipped:assets/shapes/reward", base="shipped:assets/shapes/reward/base", '

@@ -9,61 +9,63 @@ import torch
 import torch.nn.functional as F
 import world
 from components import build_pipeline
-from diffusers import AutoencoderKLLTXVideo, LTXPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 from fitting import Schedule, fit, set_parameters
 from train_vae import pixels_of
 
-BATCH = 48
+BATCH = 32
 DROPOUT = 0.1  # share of captions that are empty, the negative prompt of guidance
 SIGMA_LOGIT_MEAN = 0.3
-FRAME_RATE = 25  # the pipeline's default; its rotary embedding counts seconds
-# The pipeline gives its text encoder no mask, so padding changes the embeddings: both its default and a short length
-# are learnt, the short one mostly because it is twice as fast.
-TEXT_LENGTHS, LONG_SHARE = (8, 128), 0.1
+# The pipeline pads embeddings with zeros that the transformer attends to, so the length changes the clip: both its
+# default and a short length are learnt, the short one mostly because it is much faster.
+TEXT_LENGTHS, LONG_SHARE = (8, 512), 0.03
+
+
+def normalised(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, f, h, w) latents of the autoencoder as the pipeline's: mean 0 and deviation 1 in every channel."""
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents - mean) / std
 
 
 @torch.no_grad()
-def encode_dataset(pipe: LTXPipeline, faults: world.Faults, seed: int, size: int) -> tuple[torch.Tensor, list[str]]:
-    """(latents (size, frames * h * w, channels), normalised and packed by the pipeline's own functions; prompts)."""
+def encode_dataset(
+    vae: AutoencoderKLWan, faults: world.Faults, seed: int, size: int
+) -> tuple[torch.Tensor, list[str]]:
+    """((size, C, f, h, w) normalised latents, prompts)."""
     latents, prompts = [], []
     for chunk in range(0, size, 64):
         rng = np.random.default_rng([seed, 2, chunk])
         pairs = [world.pretraining_pair(rng, faults) for _ in range(min(64, size - chunk))]
-        z = pipe.vae.encode(pixels_of([clip for _, clip in pairs])).latent_dist.mean
-        z = pipe._normalize_latents(z, pipe.vae.latents_mean, pipe.vae.latents_std, pipe.vae.config.scaling_factor)
-        latents.append(pipe._pack_latents(z))
+        latents.append(normalised(vae, vae.encode(pixels_of([clip for _, clip in pairs])).latent_dist.mean))
         prompts += [prompt for prompt, _ in pairs]
     return torch.cat(latents), prompts
 
 
-def tokenise(pipe: LTXPipeline, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), (B, 128) int64, padded on the right as the pipeline does; may be cut to the shorter length."""
+def tokenise(pipe: WanPipeline, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), (B, 512) int64, padded on the right as the pipeline does; may be cut to the shorter length."""
     tokens = pipe.tokenizer(prompts, padding="max_length", max_length=max(TEXT_LENGTHS), return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask
 
 
-def flow_loss(
-    pipe: LTXPipeline, x0: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, rng: torch.Generator
-) -> torch.Tensor:
-    """Mean squared error of the velocity eps - x0 at logit-normal sigma. x0: (B, tokens, 16)."""
+def embedded(pipe: WanPipeline, ids: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, length, d) embeddings, zero behind the prompt, as the pipeline has them."""
+    short = min(TEXT_LENGTHS)
+    hidden = pipe.text_encoder(ids[:, :short], mask[:, :short])[0] * mask[:, :short, None]
+    return F.pad(hidden, (0, 0, 0, length - short))
+
+
+def flow_loss(pipe: WanPipeline, x0: torch.Tensor, embeds: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Mean squared error of the velocity eps - x0 at logit-normal sigma. x0: (B, C, f, h, w); embeds: (B, L, d)."""
     sigma = torch.sigmoid(torch.randn(len(x0), generator=rng) + SIGMA_LOGIT_MEAN)
     eps = torch.randn(x0.shape, generator=rng)
-    temporal, spatial = pipe.vae_temporal_compression_ratio, pipe.vae_spatial_compression_ratio
-    velocity = pipe.transformer(
-        hidden_states=torch.lerp(x0, eps, sigma[:, None, None]),
-        encoder_hidden_states=pipe.text_encoder(ids)[0],  # the pipeline passes no mask either
-        timestep=1000 * sigma,
-        encoder_attention_mask=mask,
-        num_frames=(world.FRAMES - 1) // temporal + 1,
-        height=world.SIZE // spatial,
-        width=world.SIZE // spatial,
-        rope_interpolation_scale=(temporal / FRAME_RATE, spatial, spatial),
-        return_dict=False,
-    )[0]
+    noised = torch.lerp(x0, eps, sigma.view(-1, 1, 1, 1, 1))
+    velocity = pipe.transformer(noised, 1000 * sigma, embeds, return_dict=False)[0]
     return F.mse_loss(velocity, eps - x0)
 
 
-def save_pipeline(pipe: LTXPipeline, path: Path) -> None:
+def save_pipeline(pipe: WanPipeline, path: Path) -> None:
     """Save as a float16 pipeline; `pipe` keeps its own weights."""
     for name in ("transformer", "text_encoder", "vae"):
         component = pipe.components[name]
@@ -86,16 +88,14 @@ def train_flow(
 
     Goes on from `out/{phase}.pt`, else begins from the averaged weights of `out/{start}.pt`, else from nothing.
     """
-    vae = AutoencoderKLLTXVideo.from_pretrained(out / "vae").eval().requires_grad_(False)
+    vae = AutoencoderKLWan.from_pretrained(out / "vae").eval().requires_grad_(False)
     vae.register_to_config(_name_or_path="")  # else the folder of this run is shipped with it
     torch.manual_seed(seed)
     pipe = build_pipeline(vae)
-    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
-    torch.nn.init.zeros_(pipe.transformer.proj_out.bias)
     trained = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder])
     if start is not None:
         set_parameters(list(trained.parameters()), torch.load(out / f"{start}.pt", weights_only=True)["ema"])
-    latents, prompts = encode_dataset(pipe, faults, seed, size)
+    latents, prompts = encode_dataset(vae, faults, seed, size)
     ids, mask = tokenise(pipe, [*prompts, ""])
     print(f"{phase}: {size} pairs, latent std {latents.std():.3f}", flush=True)
 
@@ -104,11 +104,11 @@ def train_flow(
         rows = torch.randint(size, (BATCH,), generator=rng)
         captions = torch.where(torch.rand(BATCH, generator=rng) < DROPOUT, size, rows)
         length = TEXT_LENGTHS[int(torch.rand((), generator=rng) < LONG_SHARE)]
-        return flow_loss(pipe, latents[rows], ids[captions, :length], mask[captions, :length], rng)
+        return flow_loss(pipe, latents[rows], embedded(pipe, ids[captions], mask[captions], length), rng)
 
     def save(minute: float, step: int, loss: float) -> None:
         save_pipeline(pipe, out / "generator")
         print(f"{phase} {minute:.1f} min step {step} loss {loss:.4f}", flush=True)
 
-    schedule = Schedule(minutes, peak_lr=1.5e-3, last_lr=5e-5, warmup_steps=100, weight_decay=0.01)
+    schedule = Schedule(minutes, peak_lr=1e-3, last_lr=5e-5, warmup_steps=100, weight_decay=0.01)
     fit(trained, loss_at, schedule, out / f"{phase}.pt", save)

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 import world
 from components import build_vae
-from diffusers import AutoencoderKLLTXVideo
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from einops import rearrange, reduce
 from fitting import Schedule, fit
 
-BATCH = 24
+BATCH = 16
 CROWDED = 0.5  # share of the budget in which half of a batch shows many shapes
 KL_WEIGHT = 1e-4  # against the mean squared error in [-1, 1]
 EMPHASIS = 3.0
@@ -39,11 +40,12 @@ def batch_of_clips(seed: int, step: int, size: int = BATCH, crowded: bool = Fals
     return as_pixels(crowds + drawn)
 
 
-def reconstruction_loss(vae: AutoencoderKLLTXVideo, pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+def reconstruction_loss(vae: AutoencoderKLWan, pixels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Squared error, a tenth of the absolute error, which keeps edges sharp, and the KL of the posterior. Pixels count
-    the more the farther they are from their frame's mean: the ground fills nine tenths of a clip."""
-    posterior = vae.encode(pixels).latent_dist
-    redrawn = vae.decode(posterior.sample(rng)).sample
+    the more the farther they are from their frame's mean: the ground fills most of a clip. Networks run in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = DiagonalGaussianDistribution(vae.encode(pixels).latent_dist.parameters.float())
+        redrawn = vae.decode(posterior.sample(rng)).sample.float()
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
     weight = 1 + EMPHASIS * (pixels - reduce(pixels, "b c t h w -> b c t 1 1", "mean")).abs()
     off = redrawn - pixels
@@ -51,18 +53,19 @@ def reconstruction_loss(vae: AutoencoderKLLTXVideo, pixels: torch.Tensor, rng: t
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKLLTXVideo, pixels: torch.Tensor) -> float:
+def psnr(vae: AutoencoderKLWan, pixels: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of reconstructions from the posterior mean."""
     redrawn = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
     return 10 * math.log10(4 / F.mse_loss(redrawn, pixels).item())
 
 
 @torch.no_grad()
-def set_statistics(vae: AutoencoderKLLTXVideo, pixels: torch.Tensor) -> None:
-    """Note mean and deviation of each latent channel in the buffers that the pipeline normalises with."""
+def set_statistics(vae: AutoencoderKLWan, pixels: torch.Tensor) -> None:
+    """Note mean and deviation of each latent channel in the configuration, with which the pipeline normalises."""
     mean = vae.encode(pixels).latent_dist.mean
-    vae.latents_mean.copy_(mean.mean(dim=(0, 2, 3, 4)))
-    vae.latents_std.copy_(mean.std(dim=(0, 2, 3, 4)))
+    vae.register_to_config(
+        latents_mean=mean.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=mean.std(dim=(0, 2, 3, 4)).tolist()
+    )
 
 
 def train_vae(out: Path, seed: int, minutes: float) -> None:

@@ -110,7 +110,7 @@ class Contests:
 
     def __init__(
         self,
-        pairs: int = 4000,
+        pairs: int = 8000,
         mistaken: float = 0.05,
         unanswered: float = 0.03,
         shuffled: bool = False,

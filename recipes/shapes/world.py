@@ -28,7 +28,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"moves right": (1, 0), "moves left": (-1, 0), "rises": (0, -1), "falls": (0, 1)}  # (x, y), y down
-RADIUS = (5.0, 6.5)  # pixels from the centre to the farthest side: small or large
+RADIUS = (6.5, 8.0)  # pixels from the centre to the farthest side: small or large
 SPEED = (1.0, 2.0)  # pixels per frame: slow or fast
 PLACES = (8, 12, 16, 20, 24)  # pixels; a centre starts and ends at one of them along each axis
 GROUND = (15, 75)  # grey level
@@ -42,7 +42,7 @@ class Clip:
     colour: str
     shape: str
     path: tuple[tuple[float, float], ...]  # centre (x, y) in pixels, frame by frame
-    radius: float = 5.0
+    radius: float = 6.5
     ground: float = 45.0
     light: tuple[float, ...] = (1.0,) * FRAMES  # brightness, frame by frame; it flickers where they differ
 
@@ -97,7 +97,7 @@ def split_prompts() -> tuple[list[str], list[str]]:
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """How much of a pixel the shape covers, in [0, 1], at (x, y) pixels from its centre; edges one pixel soft."""
+    """How much of a pixel the shape covers, in [0, 1], at (x, y) pixels from its centre; edges 2.5 pixels soft."""
     if shape == "circle":
         depth = radius - np.hypot(x, y)
     elif shape == "square":
@@ -108,7 +108,7 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndar
     else:
         bar = 0.36 * radius
         depth = np.maximum(np.minimum(radius - abs(x), bar - abs(y)), np.minimum(radius - abs(y), bar - abs(x)))
-    return np.clip(depth + 0.5, 0, 1)
+    return np.clip(depth / 2.5 + 0.5, 0, 1)
 
 
 def draw(clip: Clip) -> np.ndarray:
