@@ -6,7 +6,7 @@ prompts, with equal numbers of updates and of samples per update. The pairs come
            alignkit pairs video_quickstart --samples 8 --steps 8 --batch 64 --out runs/shapes_pairs
 
 Command:   alignkit run shapes_dpo[:derived]        (1 CPU thread, seed 0)
-Measured:  not yet run
+Measured:  see recipes/README.md
 """
 
 from dataclasses import replace

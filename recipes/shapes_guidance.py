@@ -5,7 +5,7 @@ sets guidance by it against best of n, `weights` sweeps its three weights as Vid
 steers nothing.
 
 Command:   alignkit run shapes_guidance[:weights]        (CPU, seeds 0 to 2)
-Measured:  not yet run
+Measured:  see recipes/README.md
 """
 
 from dataclasses import replace

@@ -1,7 +1,12 @@
 """A noise-aware reward of moving shapes: it judges noised latents in look, motion and what was asked, for guidance.
 
 Command:   alignkit run shapes_noisy[:clean|:control]
-Measured:  not yet run
+Measured:  4 minutes each (1 CPU thread, seed 0). Held-out pairs in the right order, without ties:
+           sigma                      0     0.4   0.8   0.95
+           VQ (`:clean`)              0.73  0.72  0.67  0.62   (0.80 0.69 0.70 0.62)
+           MQ                         0.96  0.95  0.81  0.70   (0.98 0.92 0.73 0.58)
+           TA                         0.92  0.91  0.87  0.79   (0.90 0.88 0.72 0.64)
+           `:control` not yet run.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """Flow-RWR on the generator of moving shapes, from the samples that shapes_dpo's pairs are made of.
 
 Command:   alignkit run shapes_rwr        (1 CPU thread, seed 0; first make the pairs as shapes_dpo says)
-Measured:  not yet run
+Measured:  see recipes/README.md
 """
 
 from alignkit.rewards.loading import load_file

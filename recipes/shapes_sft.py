@@ -1,7 +1,7 @@
 """Fine-tuning on winners: the best of each prompt's eight samples, from the file of shapes_dpo's pairs.
 
 Command:   alignkit run shapes_sft        (1 CPU thread, seed 0; first make the pairs as shapes_dpo says)
-Measured:  not yet run
+Measured:  see recipes/README.md
 """
 
 from alignkit.rewards.loading import load_file

@@ -3,8 +3,10 @@
 The reward is a tiny VideoReward that was trained on pairs of clips (`shapes_reward`). The judge is a tracker of
 centroids and colours that no training sees.
 
-Command:   alignkit run video_quickstart
-Measured:  not yet run on a finished generator
+Command:   alignkit run video_quickstart        (1 CPU thread, seed 0)
+Measured:  255 s of training, 287 s in all; 32 held-out prompts: video_reward -0.605 -> 0.999. Never trained on: tracker
+           0.115 -> 0.251, direction 0.344 -> 0.562, steadiness 0.688 -> 0.844, identity 0.469 -> 0.590; more in
+           recipes/README.md
 """
 
 from alignkit.flow.transition import Noise

@@ -10,6 +10,7 @@ from alignkit.rewards.noise_aware import NoiseAwareReward
 
 @dataclass(frozen=True, eq=False)
 class CleanHead(NoiseAwareReward):
-    """`noise_aware` with a head of `alignkit run sign_noisy:clean` or `shapes_noisy:clean` (the ablation of VideoAlign 2501.13918, Table 5)."""
+    """`noise_aware` with a head of `alignkit run sign_noisy:clean` or `shapes_noisy:clean` (the ablation of VideoAlign
+    2501.13918, Table 5)."""
 
     noise_aware: ClassVar[bool] = True  # type: ignore[assignment]
