@@ -33,6 +33,7 @@ VARIANTS = [
     if isinstance(node, ast.FunctionDef)
 ]
 FAST = {"sdxl_dpo:lora"}
+BLIND = {"sd35_geneval:nft"}  # a random detector finds nothing in any sample, and nothing else is in this loss
 PROMPTS = sorted(file for file in shipped.path("recipes", "prompts").iterdir() if file.suffix != ".md")
 
 
@@ -77,6 +78,8 @@ def test_a_recipe_is_planned_without_weights(stem: str) -> None:
 def tiny_run(name: str, folder: Path) -> tuple[dict, list[dict]]:
     """Two rounds through the command line; fewer steps of the evaluations than the recipe's save most of the time."""
     short = ["--eval-steps", "2", "--updates", "1", "--diversity-prompts", "0"]
+    if getattr(loaded(*name.split(":")), "min_margin", 0):  # of the real reward's scale; random ones hardly differ
+        short += ["--min-margin", "0"]
     assert main(["run", name, "--tiny", "--out", str(folder / "run"), *short]) == 0
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return json.loads((folder / "run" / "summary.json").read_text()), metrics
@@ -96,7 +99,9 @@ def test_a_recipe_takes_two_rounds_on_a_tiny_model_of_its_class(
     monkeypatch.chdir(tmp_path)  # what a recipe learns from lies under the folder that the command runs in
     summary, metrics = tiny_run(name, tmp_path)
     assert summary["steps"] == 2 and len(metrics) >= 2
-    assert any(round["policy/grad_norm"] > 0 for round in metrics if "policy/grad_norm" in round)
+    moved = any(round["policy/grad_norm"] > 0 for round in metrics if "policy/grad_norm" in round)
+    alike = all(round["groups/zero_std_fraction"] == 1 for round in metrics if "groups/zero_std_fraction" in round)
+    assert moved or (alike and name in BLIND)
 
 
 # prompts
