@@ -30,9 +30,7 @@ def normalised(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def encode_dataset(
-    vae: AutoencoderKLWan, faults: world.Faults, seed: int, size: int
-) -> tuple[torch.Tensor, list[str]]:
+def encode_dataset(vae: AutoencoderKLWan, faults: world.Faults, seed: int, size: int) -> tuple[torch.Tensor, list[str]]:
     """((size, C, f, h, w) normalised latents, prompts)."""
     latents, prompts = [], []
     for chunk in range(0, size, 64):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from alignkit.rewards.loading import load_file
@@ -21,8 +20,6 @@ from alignkit.training.reward_losses import bradley_terry_ties
 RECIPE = path("recipes", "shapes_noisy.py")
 SHAPES = path("assets", "shapes")
 NOISY = SHAPES / "noisy"
-with_generator = pytest.mark.skipif(not (SHAPES / "generator").exists(), reason="the generator is not there yet")
-with_head = pytest.mark.skipif(not NOISY.exists(), reason="run shapes_noisy and copy its model to assets/shapes/noisy")
 
 
 @cache
@@ -42,7 +39,6 @@ def test_variants_differ_in_what_they_are_named_for() -> None:
     assert dataclasses.replace(control, data=plain.data, steps=plain.steps) == plain and "shuffled=True" in control.data
 
 
-@with_generator
 def test_a_head_learns_from_pairs_that_have_the_same_noise_on_both_sides() -> None:
     torch.manual_seed(0)
     model, rng = noisy().scorer(), torch.Generator().manual_seed(0)
@@ -61,15 +57,11 @@ def test_a_head_learns_from_pairs_that_have_the_same_noise_on_both_sides() -> No
     assert all(value.grad is None for value in noisy().generator().pipe.transformer.parameters())
 
 
-@with_generator
-@with_head
 def test_the_shipped_head_tells_held_out_clips_apart_under_noise() -> None:
     found = noisy().accuracies(noisy().trained(NOISY), held_out_pairs(), 0.4)
     assert sum(found[f"{name} without ties"] for name in noisy().DIMENSIONS) / 3 > 0.65, found
 
 
-@with_generator
-@with_head
 def test_the_shipped_head_is_a_reward_of_each_dimension_and_small() -> None:
     prompts, first, *_ = held_out_pairs()
     cond = noisy().conditions(prompts[:2])

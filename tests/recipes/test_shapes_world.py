@@ -184,7 +184,7 @@ def test_a_good_path_goes_the_way_that_is_asked_at_a_steady_speed_and_stays_insi
             np.testing.assert_allclose(velocity, np.outer(speed, step), atol=1e-9)
             np.testing.assert_allclose(speed, speed.mean())
             assert world.SPEED[0] - 1e-9 <= speed.mean() <= world.SPEED[1] + 1e-9
-            assert (path >= clip.radius - 1).all() and (path <= world.SIZE - clip.radius).all()
+            assert (path >= clip.radius).all() and (path <= world.SIZE - clip.radius).all()
 
 
 def test_a_clip_begins_and_ends_at_places_of_the_world_unless_it_is_free():
