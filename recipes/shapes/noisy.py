@@ -8,8 +8,6 @@ tells clips apart at each noise level.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,33 +15,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from alignkit import Policy, Prompt
 from alignkit.objectives.preference import accuracy_with_ties, accuracy_without_ties, tie_threshold
 from alignkit.rewards.loading import load_file
 from alignkit.rewards.noisy_head import HeadConfig, NoisyScorer
-from alignkit.shipped import path, resolved
+from alignkit.shipped import path
 from alignkit.training.examples import PairBatch
 
 contests = load_file(path("recipes", "shapes", "contests.py"))
 world = contests.world
+heads = load_file(path("recipes", "worlds", "heads.py"))
 
 DIMENSIONS = contests.DIMENSIONS
 task = load_file(path("recipes", "shapes", "task.py"))
 CALL = {**task.CALL, "guidance_scale": 1.0}
-LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)  # at which it is measured
+LEVELS = heads.LEVELS
 
 
 @cache
 def generator() -> Policy:
     """The generator of moving shapes."""
-    pipe = DiffusionPipeline.from_pretrained(resolved(task.GENERATOR))
-    pipe.set_progress_bar_config(disable=True)
-    pipe.transformer.requires_grad_(False)
-    return Policy(pipe)
+    return heads.frozen(task.GENERATOR)
 
 
 @cache
@@ -158,10 +152,7 @@ def accuracies(model: Any, pairs: Pairs, level: float) -> dict[str, float]:
     return found
 
 
-# the picture
-
-
-Curves = dict[str, list[float]]
+# the command
 
 
 def trained(folder: Path) -> Any:
@@ -170,52 +161,18 @@ def trained(folder: Path) -> Any:
     return lambda latents, prompts, sigma: held.scores(generator(), latents, sigma, conditions(prompts))
 
 
-def curves(model: Any, pairs: Pairs) -> Curves:
+def curves(model: Any, pairs: Pairs) -> Any:
     """Each measure at every level of LEVELS."""
-    rows = [accuracies(model, pairs, level) for level in LEVELS]
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    return heads.by_measure([accuracies(model, pairs, level) for level in LEVELS])
 
 
-def table(found: Mapping[str, Curves]) -> str:
-    """Markdown: one line for each head and measure."""
-    lines = [("head", "accuracy", *(f"{level:g}" for level in LEVELS)), ("---",) * (len(LEVELS) + 2)]
-    for head, measures in found.items():
-        lines += [(head, name, *(f"{value:.3f}" for value in values)) for name, values in measures.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def measured(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """The curves of trained heads, by name."""
+    pairs = held_out_pairs_of(256)
+    return {name: curves(trained(folder), pairs) for name, folder in folders.items()}
 
 
-def draw(found: Mapping[str, Curves], out: Path) -> None:
-    """Accuracy without ties against the noise level, one panel for each dimension."""
-    figure = Figure(figsize=(11, 3.6), dpi=100, layout="constrained")
-    titles = {"VQ": "VQ: look", "MQ": "MQ: motion", "TA": "TA: what was asked"}
-    for axes, (name, title) in zip(figure.subplots(1, len(titles), sharey=True), titles.items(), strict=True):
-        for head, measures in found.items():
-            axes.plot(LEVELS, measures[f"{name} without ties"], "o-", label=head)
-        axes.axhline(0.5, color="gray", linewidth=0.8)
-        axes.set(title=title, xlabel="noise level sigma", ylim=(0.3, 1.03))
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("held-out pairs in the right order")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(out)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("heads", nargs="*", help="NAME=FOLDER of a trained head, such as noised=runs/x/model")
-    parser.add_argument("--keep", type=Path, help="a .json of what was measured, to which these heads are added")
-    parser.add_argument("--out", type=Path, help="the picture, .png")
-    given = parser.parse_args(arguments)
-    found = json.loads(given.keep.read_text("utf-8")) if given.keep is not None and given.keep.exists() else {}
-    if given.heads:
-        pairs = held_out_pairs_of(256)
-        folders = dict(one.split("=", 1) for one in given.heads)
-        found |= {name: curves(trained(Path(folder)), pairs) for name, folder in folders.items()}
-    if given.keep is not None:
-        given.keep.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    print(table(found))
-    if given.out is not None:
-        draw(found, given.out)
-
+PANELS = {"VQ": "VQ: look", "MQ": "MQ: motion", "TA": "TA: what was asked"}
 
 if __name__ == "__main__":
-    main()
+    heads.command(__doc__, measured, {f"{name} without ties": title for name, title in PANELS.items()}, lowest=0.3)

@@ -7,8 +7,6 @@ What `recipes/sign_noisy.py` trains: the scorer, its examples, and how well it t
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,9 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from einops import rearrange
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from alignkit import Policy, Prompt
@@ -31,12 +27,13 @@ from alignkit.training.examples import PairBatch
 
 preference = load_file(path("recipes", "signs", "preference.py"))
 world = preference.world
+heads = load_file(path("recipes", "worlds", "heads.py"))
 
 DIMENSIONS = ("legibility", "colour")
 LEGIBILITY, COLOUR = range(2)
 CALL = {"height": world.HEIGHT, "width": world.WIDTH, "true_cfg_scale": 1.0}
 TOKENS = 24  # of a sign: 3 x 8 patches of 8 x 8 pixels
-LEVELS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)  # at which it is measured
+LEVELS = heads.LEVELS
 # Of the blocks: how the noise level enters, which would double the file, and what the last one does to the text.
 FROZEN = ("_mod.", "{last}.txt_mlp.", "{last}.attn.add_q_proj.", "{last}.attn.to_add_out.")
 SPELLING, LOOKS = ("misspelt", "transposed", "other word"), ("defocused", "low contrast")
@@ -57,10 +54,7 @@ CONTESTS = (
 @cache
 def generator() -> Policy:
     """The shipped generator."""
-    pipe = DiffusionPipeline.from_pretrained(path("assets", "signs", "generator"))
-    pipe.set_progress_bar_config(disable=True)
-    pipe.transformer.requires_grad_(False)
-    return Policy(pipe)
+    return heads.frozen("shipped:assets/signs/generator")
 
 
 class Signs(nn.Module):
@@ -247,10 +241,7 @@ def order_of_samples(model: Any, samples: Samples, level: float) -> float:
     return float(ahead[pairs].float().mean())
 
 
-# the picture
-
-
-Curves = dict[str, list[float]]
+# the command
 
 
 def trained(folder: Path) -> Any:
@@ -259,63 +250,28 @@ def trained(folder: Path) -> Any:
     return lambda latents, prompts, sigma: scorer.scores(generator(), latents, sigma, conditions(prompts))
 
 
-def curves(model: Any, signs: Drawn, samples: Samples) -> Curves:
+def curves(model: Any, signs: Drawn, samples: Samples) -> Any:
     """Each measure at every level of LEVELS."""
     rows = []
     for level in LEVELS:
         own = {f"{name}, own noise": v for name, v in accuracies(model, signs, level, same_noise=False).items()}
         rows.append(accuracies(model, signs, level) | own | {"own samples": order_of_samples(model, samples, level)})
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    return heads.by_measure(rows)
 
 
-def table(found: Mapping[str, Curves]) -> str:
-    """Markdown: one line for each head and measure."""
-    lines = [("head", "measure", *(f"{level:g}" for level in LEVELS)), ("---",) * (len(LEVELS) + 2)]
-    for head, measures in found.items():
-        lines += [(head, name, *(f"{value:.3f}" for value in values)) for name, values in measures.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def measured(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """The curves of trained heads, by name."""
+    signs = held_out_signs(120)
+    samples = own_samples(signs[0])
+    print(f"{len(signs[0])} held-out words; {int(samples.exact.sum())} of {samples.exact.numel()} samples exact")
+    return {name: curves(trained(folder), signs, samples) for name, folder in folders.items()}
 
 
-def draw(found: Mapping[str, Curves], out: Path) -> None:
-    """Accuracy against the noise level, one panel for each measure; dotted: each side of a pair with its own noise."""
-    figure = Figure(figsize=(11, 3.6), dpi=100, layout="constrained")
-    panels = {
-        "spelling": "legibility: right word above wrong",
-        "colour": "colour: right above another",
-        "own samples": "legibility: OCR reads it above not",
-    }
-    for axes, (name, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
-        for i, (head, measures) in enumerate(found.items()):
-            axes.plot(LEVELS, measures[name], "o-", color=f"C{i}", label=head)
-            if f"{name}, own noise" in measures:
-                axes.plot(LEVELS, measures[f"{name}, own noise"], ":", color=f"C{i}")
-        axes.axhline(0.5, color="gray", linewidth=0.8)
-        axes.set(title=title, xlabel="noise level sigma", ylim=(0.0, 1.03))
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("held-out pairs in the right order")
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(out)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("heads", nargs="*", help="NAME=FOLDER of a trained head, such as noised=runs/sign_noisy/model")
-    parser.add_argument("--keep", type=Path, help="a .json of what was measured, to which these heads are added")
-    parser.add_argument("--out", type=Path, help="the picture, .png")
-    given = parser.parse_args(arguments)
-    found = json.loads(given.keep.read_text("utf-8")) if given.keep is not None and given.keep.exists() else {}
-    if given.heads:
-        signs = held_out_signs(120)
-        samples = own_samples(signs[0])
-        print(f"{len(signs[0])} held-out words; {int(samples.exact.sum())} of {samples.exact.numel()} samples exact")
-        folders = dict(one.split("=", 1) for one in given.heads)
-        found |= {name: curves(trained(Path(folder)), signs, samples) for name, folder in folders.items()}
-    if given.keep is not None:
-        given.keep.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    print(table(found))
-    if given.out is not None:
-        draw(found, given.out)
-
+PANELS = {
+    "spelling": "legibility: right word above wrong",
+    "colour": "colour: right above another",
+    "own samples": "legibility: OCR reads it above not",
+}
 
 if __name__ == "__main__":
-    main()
+    heads.command(__doc__, measured, PANELS, lowest=0.0)
