@@ -129,8 +129,10 @@ def score(generator: Path, settings: Sequence[tuple] = SETTINGS, seeds: int = 4,
     """
     pipe = loaded(generator, lora)
     prompts = dict(zip(("train", "held_out"), world.split_prompts()))
-    results: dict = {"vae": score_vae(pipe.vae)}
-    print(f"score vae {results['vae']}", flush=True)
+    results: dict = {}
+    if lora is None:  # adapters leave the autoencoder as it is
+        results["vae"] = score_vae(pipe.vae)
+        print(f"score vae {results['vae']}", flush=True)
     for number, (steps, guidance, which, text_length) in enumerate(settings):
         repeated = prompts[which] * (seeds if which == "held_out" else 1)
         media = sample(pipe, repeated, steps, guidance, text_length)

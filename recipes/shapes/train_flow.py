@@ -42,16 +42,15 @@ def encode_dataset(vae: AutoencoderKLWan, faults: world.Faults, seed: int, size:
 
 
 def tokenise(pipe: WanPipeline, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), (B, 512) int64, padded on the right as the pipeline does; may be cut to the shorter length."""
-    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=max(TEXT_LENGTHS), return_tensors="pt")
+    """(ids, mask), (B, 8) int64, padded on the right as the pipeline does."""
+    tokens = pipe.tokenizer(prompts, padding="max_length", max_length=min(TEXT_LENGTHS), return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask
 
 
 def embedded(pipe: WanPipeline, ids: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
     """(B, length, d) embeddings, zero behind the prompt, as the pipeline has them."""
-    short = min(TEXT_LENGTHS)
-    hidden = pipe.text_encoder(ids[:, :short], mask[:, :short])[0] * mask[:, :short, None]
-    return F.pad(hidden, (0, 0, 0, length - short))
+    hidden = pipe.text_encoder(ids, mask)[0] * mask[..., None]
+    return F.pad(hidden, (0, 0, 0, length - ids.shape[1]))
 
 
 def flow_loss(pipe: WanPipeline, x0: torch.Tensor, embeds: torch.Tensor, rng: torch.Generator) -> torch.Tensor:

@@ -439,6 +439,14 @@ def test_every_word_of_the_world_is_one_token_and_none_is_unknown(shipped: WanPi
     assert shipped.tokenizer.unk_token_id not in {token for row in ids for token in row}
 
 
+@pytest.mark.parametrize("length", [8, 512])
+def test_training_embeds_prompts_as_the_pipeline_does(shipped: WanPipeline, length: int):
+    flow, prompts = neighbour("train_flow"), ["a red circle moves right", ""]
+    ours = flow.embedded(shipped, *flow.tokenise(shipped, prompts), length)
+    theirs = shipped.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_early_frames_are_decoded_from_early_latents_alone(shipped: WanPipeline):
     channels = shipped.vae.config.z_dim
     latents = torch.randn(1, channels, 5, 4, 4, generator=torch.Generator().manual_seed(0))
