@@ -16,6 +16,7 @@ from alignkit.shipped import path
 from alignkit.training.recipe_files import Source
 from alignkit.training.recipe_files import load as load_recipe
 from alignkit.training.reward_losses import bradley_terry_ties
+from tests.recipes.descent import descent
 
 RECIPE = path("recipes", "shapes_noisy.py")
 SHAPES = path("assets", "shapes")
@@ -46,13 +47,7 @@ def test_a_head_learns_from_pairs_that_have_the_same_noise_on_both_sides() -> No
     prompts, first, second, labels = noisy().latent_pairs(noisy().contests.drawn(np.random.default_rng(0), 8, train))
     asked = [noisy().Prompt(prompt, i) for i, prompt in enumerate(prompts)]
     batch = noisy().PairBatch.of_labels(first, second, asked, labels).noised(0.0, 0.5, rng)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    for _ in range(6):
-        loss, _ = bradley_terry_ties(model, batch, rng)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = descent(model, bradley_terry_ties, batch, rng)
     assert losses[-1] < 0.8 * losses[0]
     assert all(value.grad is None for value in noisy().generator().pipe.transformer.parameters())
 

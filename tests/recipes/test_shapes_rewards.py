@@ -21,6 +21,7 @@ from alignkit.training.recipe_files import Source
 from alignkit.training.recipe_files import load as load_recipe
 from alignkit.training.reward_losses import bradley_terry_ties
 from alignkit.types import Prompt
+from tests.recipes.descent import descent
 
 judge = load_file(path("recipes", "shapes", "video_judge.py"))
 contests = judge.contests
@@ -120,13 +121,7 @@ def test_a_step_of_the_base_lowers_its_loss_and_reads_only_answers() -> None:
     answered = [text[text.index("is" if "is" in text else "colour") + 1 :] for text in answered]
     assert model.reader.tokenizer.convert_ids_to_tokens(words) == [f"Ġ{word}" for text in answered for word in text]
     assert pointing.shape == places.shape == (8, 4, 4)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    for _ in range(5):
-        loss, _ = judge.speaker.answers(model, batch, rng)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = descent(model, judge.speaker.answers, batch, rng, steps=5)
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -191,14 +186,8 @@ def test_the_reward_in_training_is_saved_as_what_scores(tmp_path: Path) -> None:
     torch.manual_seed(0)
     data, model = judge.Contests(pairs=12, held_out_pairs=2), judge.scorer(str(REWARD / "base"))
     rng = torch.Generator().manual_seed(0)
-    batch, losses = data.batch(8, rng), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(6):
-        loss, _ = bradley_terry_ties(model, batch, rng)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    batch = data.batch(8, rng)
+    losses = descent(model, bradley_terry_ties, batch, rng)
     assert losses[-1] < 0.8 * losses[0]
     model.save(tmp_path)
     saved = VideoReward(str(tmp_path), str(tmp_path / "base"), normalised=False, **judge.OPTIONS)

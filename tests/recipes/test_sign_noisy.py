@@ -18,6 +18,7 @@ from alignkit.shipped import path
 from alignkit.training.recipe_files import Source
 from alignkit.training.recipe_files import load as load_recipe
 from alignkit.training.reward_losses import bradley_terry_dimensions
+from tests.recipes.descent import descent
 
 noisy = load_file(path("recipes", "signs", "noisy.py"))
 NOISED, CLEAN = path("assets", "signs", "noisy"), path("assets", "signs", "noisy_clean")
@@ -109,18 +110,10 @@ def test_the_variants_differ_in_noise_and_labels_alone() -> None:
 def test_a_step_of_training_lowers_the_loss_of_a_batch() -> None:
     torch.manual_seed(0)
     data, model = noisy.Contests(prompts=8, held_out_words=2), noisy.scorer()
-    loss_of = bradley_terry_dimensions
     rng = torch.Generator().manual_seed(0)
     batch = data.batch(12, rng).noised(0.0, 0.5, rng)
     trained = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
-    losses = []
-    for _ in range(6):
-        loss, _ = loss_of(model, batch, rng)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = descent(model, bradley_terry_dimensions, batch, rng)
     assert losses[-1] < 0.8 * losses[0]
     assert all(value.grad is None for value in noisy.generator().pipe.transformer.parameters())
     assert all(value.grad is not None for value in trained)
